@@ -1,0 +1,73 @@
+"""What to read and how to pack it.
+
+Frozen dataclasses, bindable from a configuration file.
+"""
+import dataclasses
+
+from vora_jax.types import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One JSON-lines file of samples `{id, frames, conversations}`.
+
+    path: the file.
+    image_root: folder the `frames` are relative to; '' is the folder of `path`.
+    weight: share of the file seen in one epoch: 1 all of it once, 0.5 a fixed random half, 2 all of it twice.
+    """
+
+    path: str
+    image_root: str = ''
+    weight: float = 1.0
+
+    def __post_init__(self):
+        if self.weight < 0:
+            raise UserError(f'Source.weight of {self.path} is {self.weight}; it must not be negative.')
+
+
+@dataclasses.dataclass(frozen=True)
+class ImagePolicy:
+    """How a picture is brought to whole patches: at its own aspect ratio, bicubic.
+
+    max_patches, min_patches: limits of rows * columns of patches of one picture. A picture that is already a multiple of
+        the patch size within the limits keeps every pixel.
+    """
+
+    max_patches: int = 1024
+    min_patches: int = 1
+
+    def __post_init__(self):
+        if not 1 <= self.min_patches <= self.max_patches:
+            raise UserError(f'ImagePolicy: min_patches {self.min_patches} and max_patches {self.max_patches} must be '
+                            'at least 1 and in this order.')
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """The samples of a run, and the budgets of a row.
+
+    sources: the files, mixed by their weights.
+    tokenizer: folder of the tokenizer.
+    template: name of the chat template, see `conversation.TEMPLATES`.
+    max_slots, max_patches, max_images: budgets of one row: language-model slots, patches, pictures.
+    image: how pictures are resized.
+    pack: several samples share a row; otherwise one sample a row.
+    max_bad_fraction: share of samples that may be unreadable before a run stops, 0 to 1.
+    """
+
+    sources: tuple[Source, ...]
+    tokenizer: str
+    template: str = 'chatml'
+    max_slots: int = 512
+    max_patches: int = 256
+    max_images: int = 8
+    image: ImagePolicy = ImagePolicy()
+    pack: bool = True
+    max_bad_fraction: float = 0.01
+
+    def __post_init__(self):
+        if not self.sources:
+            raise UserError('Data.sources is empty; give at least one Source.')
+        for name in ('max_slots', 'max_patches', 'max_images'):
+            if getattr(self, name) < 1:
+                raise UserError(f'Data.{name} is {getattr(self, name)}; it must be at least 1.')

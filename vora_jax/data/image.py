@@ -1,0 +1,154 @@
+"""Picture files to patches of bytes."""
+import collections
+import math
+import threading
+from typing import Any, Callable, Hashable
+
+import numpy as np
+import PIL.Image
+
+from vora_jax.data.config import ImagePolicy
+from vora_jax.data.packing import Picture
+from vora_jax.types import Array, UserError
+
+# What Pillow raises for a file that is missing, no picture, damaged, or absurdly large.
+_UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, PIL.Image.DecompressionBombError)
+_ORIENTATION_TAG = 0x0112
+_ORIENTATIONS = {
+    2: PIL.Image.Transpose.FLIP_LEFT_RIGHT, 3: PIL.Image.Transpose.ROTATE_180, 4: PIL.Image.Transpose.FLIP_TOP_BOTTOM,
+    5: PIL.Image.Transpose.TRANSPOSE, 6: PIL.Image.Transpose.ROTATE_270, 7: PIL.Image.Transpose.TRANSVERSE,
+    8: PIL.Image.Transpose.ROTATE_90}
+
+
+def fit_grid(height: int, width: int, patch_size: int, policy: ImagePolicy) -> tuple[int, int]:
+    """(rows, cols) of patches that a picture of this size is resized to: its own aspect ratio, within the policy's limits.
+
+    Qwen2-VL's rule: each side to the nearest multiple of the patch size; if that is over (under) the limit, both sides are
+    scaled by the same factor first and rounded down (up).
+    """
+    rows, cols = max(1, round(height / patch_size)), max(1, round(width / patch_size))
+    area = height * width / patch_size ** 2
+    if rows * cols > policy.max_patches:
+        shrink = math.sqrt(policy.max_patches / area)
+        rows, cols = (max(1, math.floor(side / patch_size * shrink)) for side in (height, width))
+        # A strip so thin that one side is stuck at one patch.
+        rows, cols = min(rows, policy.max_patches // min(cols, policy.max_patches)), min(cols, policy.max_patches)
+    elif rows * cols < policy.min_patches:
+        grow = math.sqrt(policy.min_patches / area)
+        rows, cols = (math.ceil(side / patch_size * grow) for side in (height, width))
+        if rows * cols > policy.max_patches:
+            rows, cols = min(rows, policy.max_patches), max(1, policy.max_patches // min(rows, policy.max_patches))
+    return rows, cols
+
+
+def read_size(path: Any) -> tuple[int, int]:
+    """(height, width) of a picture as it is to be seen; reads only the file's header.
+
+    Raises:
+        UserError: the file is missing or no picture.
+    """
+    try:
+        with PIL.Image.open(path) as image:
+            width, height = image.size
+            return (width, height) if _orientation(image) >= 5 else (height, width)
+    except _UNREADABLE as error:
+        raise _unreadable(path, error) from error
+
+
+def decode(path: Any) -> PIL.Image.Image:
+    """The picture in RGB: turned upright, transparency over white, every byte verified.
+
+    Args:
+        path: a file name or a binary file.
+    Raises:
+        UserError: the file is missing, no picture, or truncated.
+    """
+    try:
+        with PIL.Image.open(path) as image:
+            orientation = _orientation(image)
+            image.load()
+            if image.mode.startswith('I'):  # 16 and 32 bit grey; Pillow would clip it
+                deep = np.asarray(image).astype(np.float64)
+                image = PIL.Image.fromarray((deep / 257 if deep.max() > 255 else deep).clip(0, 255).astype(np.uint8))
+            elif 'A' in image.getbands() or 'transparency' in image.info:
+                rgba = image.convert('RGBA')
+                image = PIL.Image.new('RGBA', rgba.size, 'white')
+                image.alpha_composite(rgba)
+            image = image.convert('RGB')
+    except _UNREADABLE as error:
+        raise _unreadable(path, error) from error
+    return image.transpose(_ORIENTATIONS[orientation]) if orientation in _ORIENTATIONS else image
+
+
+def patchify(pixels: Array, patch_size: int) -> Array:
+    """Patches in reading order, each in (row, column, channel) order.
+
+    Args:
+        pixels: u8[rows * patch_size, cols * patch_size, 3].
+    Returns:
+        u8[rows * cols, patch_size * patch_size * 3].
+    """
+    rows, cols = pixels.shape[0] // patch_size, pixels.shape[1] // patch_size
+    patches = pixels.reshape(rows, patch_size, cols, patch_size, 3).transpose(0, 2, 1, 3, 4)
+    return np.ascontiguousarray(patches).reshape(rows * cols, -1)
+
+
+def load_picture(path: Any, patch_size: int, policy: ImagePolicy) -> Picture:
+    """The picture as patches, resized (bicubic) where its size is not already right.
+
+    Raises:
+        UserError: see `decode`.
+    """
+    image = decode(path)
+    rows, cols = fit_grid(image.height, image.width, patch_size, policy)
+    size = (cols * patch_size, rows * patch_size)
+    if image.size != size:
+        image = image.resize(size, PIL.Image.Resampling.BICUBIC)
+    return Picture(patchify(np.asarray(image), patch_size), rows, cols)
+
+
+class PictureCache:
+    """The most recently used pictures up to a number of bytes. Thread-safe; pickled empty."""
+
+    def __init__(self, max_bytes: int):
+        self._max_bytes = max_bytes
+        self.__setstate__({'_max_bytes': max_bytes})
+
+    def get(self, key: Hashable, load: Callable[[], Picture]) -> Picture:
+        """The picture of this key, loaded if it is not there; what `load` raises passes through."""
+        with self._lock:
+            if key in self._pictures:
+                self._pictures.move_to_end(key)
+                return self._pictures[key]
+        picture = load()
+        with self._lock:
+            if key not in self._pictures:
+                self._pictures[key] = picture
+                self._bytes += picture.pixels.nbytes
+            while self._bytes > self._max_bytes:
+                self._bytes -= self._pictures.popitem(last=False)[1].pixels.nbytes
+        return picture
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {'_max_bytes': self._max_bytes}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._max_bytes = state['_max_bytes']
+        self._pictures: collections.OrderedDict[Hashable, Picture] = collections.OrderedDict()
+        self._bytes = 0
+        self._lock = threading.Lock()
+
+
+def _orientation(image: PIL.Image.Image) -> int:
+    """EXIF orientation, 1 if there is none. To be asked before `load`: Pillow would decode a whole PNG to look for it."""
+    if image.format == 'PNG' and 'exif' not in image.info:
+        return 1
+    return image.getexif().get(_ORIENTATION_TAG, 1)
+
+
+def _unreadable(path: Any, error: Exception) -> UserError:
+    name = path if isinstance(path, str) else getattr(path, 'name', 'the image')
+    if isinstance(error, FileNotFoundError):
+        return UserError(f'image {name} does not exist; check the frames and the image root.')
+    reason = 'no known image format' if isinstance(error, PIL.UnidentifiedImageError) else str(error) or type(error).__name__
+    return UserError(f'image {name} cannot be read ({reason}); replace or remove it.')

@@ -1,0 +1,170 @@
+"""Batches for training: packed, shuffled, endless, resumable.
+
+The position in the data is one integer that means the same on every host and for any number of hosts.
+"""
+import hashlib
+import json
+import logging
+import threading
+from typing import Any, Iterator
+
+import grain
+import numpy as np
+from grain.experimental import ElasticIterator
+
+from vora_jax.batch import Batch
+from vora_jax.data.config import Data
+from vora_jax.data.mixture import epoch_samples
+from vora_jax.data.packing import layout, plan
+from vora_jax.data.samples import Samples
+from vora_jax.data.tokenizer import fingerprint
+from vora_jax.method import VisionTokenRule
+from vora_jax.types import UserError
+
+log = logging.getLogger(__name__)
+
+
+class Rows:
+    """The rows of one epoch by number: a random-access source for grain. A row is a pure function of its number.
+
+    A sample that cannot be used is left out of its row and counted in `bad_samples`; it is logged once.
+
+    Attributes:
+        warnings: one sentence for each bad sample met so far.
+    """
+
+    def __init__(self, samples: Samples, data: Data, seed: int):
+        self._samples, self._max_bad = samples, data.max_bad_fraction
+        self._bad: dict[int, str] = {}
+        self._lock = threading.Lock()
+        epoch = epoch_samples(samples.sizes, [source.weight for source in data.sources], seed)
+        lengths = np.zeros((len(samples), 3), np.int64)
+        for number in np.unique(epoch):
+            try:
+                lengths[number] = samples.measure(int(number))
+            except UserError as error:
+                self._note(int(number), str(error), check=False)
+        if not len(epoch):
+            raise UserError('the sources of Data give no sample with these weights; raise Source.weight.')
+        self._check_limit()
+        self._plan = [epoch[row] for row in plan(lengths[epoch], samples.budgets, seed, pack=data.pack)]
+
+    @property
+    def warnings(self) -> list[str]:
+        return list(self._bad.values())
+
+    def __len__(self) -> int:
+        return len(self._plan)
+
+    def __getitem__(self, number: int) -> Batch:
+        segments, bad = [], 0
+        for sample in self._plan[number].tolist():
+            if sample not in self._bad:
+                try:
+                    segments.append(self._samples.segment(sample))
+                    continue
+                except UserError as error:
+                    self._note(sample, str(error), check=True)
+            bad += 1
+        return layout(segments, self._samples.budgets, bad)
+
+    def _note(self, sample: int, reason: str, check: bool) -> None:
+        with self._lock:
+            if sample in self._bad:
+                return
+            self._bad[sample] = reason
+        log.warning('left out a sample: %s', reason)
+        if check:
+            self._check_limit()
+
+    def _check_limit(self) -> None:
+        bad, total = len(self._bad), len(self._samples)
+        if bad > self._max_bad * total or bad == total:
+            raise UserError(f'{bad} of {total} samples cannot be used, more than Data.max_bad_fraction = {self._max_bad:g} '
+                            f'allows; repair the data, the first is {next(iter(self._bad.values()))}')
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, '_lock': None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
+
+
+class Loader:
+    """An endless iterator of this shard's `Batch`es, see `batches`.
+
+    Attributes:
+        manifest: sha256 of the sources' content and the tokenizer: equal manifests and `Data` give equal batches.
+        num_samples: samples of all sources.
+        num_rows: rows of one epoch.
+        warnings: one sentence for each bad sample met so far (with workers: only those found while measuring).
+    """
+
+    def __init__(self, rows: Rows, iterator: ElasticIterator, manifest: str, num_samples: int):
+        self._rows, self._iterator = rows, iterator
+        self.manifest, self.num_samples, self.num_rows = manifest, num_samples, len(rows)
+
+    @property
+    def warnings(self) -> list[str]:
+        return self._rows.warnings
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        return next(self._iterator)
+
+    def get_state(self) -> dict[str, int]:
+        """The position after the last batch: plain integers, the same on every shard."""
+        return {name: int(value) for name, value in self._iterator.get_state().items()}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        """Continues at a position from `get_state`, also of another number of shards or workers."""
+        self._iterator.set_state(dict(state))
+
+    def close(self) -> None:
+        """Stops the reading threads and workers."""
+        self._iterator.close()
+
+
+def batches(data: Data, rule: VisionTokenRule | None, batch_rows: int, seed: int, shard: tuple[int, int] = (0, 1),
+            workers: int = 0) -> Loader:
+    """Batches of `batch_rows / count` rows: this shard's part of a global batch. Rows are reshuffled every epoch.
+
+    Args:
+        data: sources, tokenizer, budgets.
+        rule: how many slots a picture takes; None for a run without pictures (`Batch.patches` is None).
+        batch_rows: rows of the global batch.
+        seed: of mixture, packing and order; equal arguments give equal bytes.
+        shard: (index, count) of this process; the shards' batches together are the global batch.
+        workers: reading processes; 0 reads in threads of this process.
+    Raises:
+        UserError: a source or the tokenizer is missing or empty, or more samples are bad than allowed.
+    """
+    index, count = shard
+    if batch_rows % count:
+        raise UserError(f'Train.batch_rows = {batch_rows} cannot be divided among {count} processes; choose a multiple.')
+    samples = Samples(data, rule)
+    rows = Rows(samples, data, seed)
+    dataset = grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
+    local = batch_rows // count
+    options = None
+    if workers:
+        _mark_flags_parsed()
+        options = grain.MultiprocessingOptions(num_workers=workers)
+    iterator = ElasticIterator(
+        dataset, batch_rows, grain.sharding.ShardOptions(index, count),
+        read_options=grain.ReadOptions(num_threads=2, prefetch_buffer_size=max(4, 4 * local)),
+        multiprocessing_options=options)
+    return Loader(rows, iterator, _manifest(samples, data), len(samples))
+
+
+def _manifest(samples: Samples, data: Data) -> str:
+    return hashlib.sha256(json.dumps([samples.hashes, fingerprint(data.tokenizer)]).encode()).hexdigest()
+
+
+def _mark_flags_parsed() -> None:
+    """grain's worker processes refuse to start in a program that has not parsed absl's flags."""
+    from absl import flags
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()

@@ -1,0 +1,169 @@
+"""Samples to rows, in plain NumPy.
+
+`plan` decides which samples share a row; `layout` writes one row: slots, shifted targets, key ranges, patches.
+"""
+from typing import NamedTuple, Sequence
+
+import numpy as np
+
+from vora_jax.batch import Batch, Patches
+from vora_jax.types import TEXT, VISION, Array
+
+
+class Text(NamedTuple):
+    """A run of text. ids: token ids; supervised: whether they are learned (answers and end marks) or only read."""
+
+    ids: Sequence[int]
+    supervised: bool = False
+
+
+class Picture(NamedTuple):
+    """A decoded picture. pixels: u8|f32[rows * cols, patch_dim], patches in reading order; rows, cols: its grid."""
+
+    pixels: Array
+    rows: int
+    cols: int
+
+
+class Budgets(NamedTuple):
+    """Static sizes of a row: slots S, patches P (= vision tokens Q), images M; patch_dim 0 means a run without pictures."""
+
+    slots: int
+    patches: int = 0
+    images: int = 0
+    patch_dim: int = 0
+    pixel_dtype: str = 'uint8'
+
+
+def layout(segments: Sequence[Sequence[Text | Picture]], budgets: Budgets, bad_samples: int = 0) -> Batch:
+    """One row (a `Batch` without its leading dimension) that holds the segments one after the other.
+
+    Text sees its segment up to itself; a picture's slots see their segment up to the picture's end. A slot's target is the
+    next slot's token where that token is supervised, so the last slot of a question predicts the first of its answer.
+
+    Example: [[Text([7]), Picture(1 x 2), Text([8], supervised=True)], [Text([9])]] with 6 slots
+
+        slot       0 1 2 3 4 5         query 0  x . . . . .
+        tokens     7 0 0 8 9 0               1  x x x . . .
+        modality   T V V T T -               2  x x x . . .
+        targets    0 0 8 0 0 0               3  x x x x . .
+        key_start  0 0 0 0 4 0               4  . . . . x .
+        key_stop   1 3 3 4 5 0               5  . . . . . .
+
+    Raises:
+        ValueError: the segments exceed a budget, or a picture's pixels do not fit its grid or the row's dtype.
+    """
+    num_slots, num_patches, num_images, patch_dim, pixel_dtype = budgets
+    if not patch_dim:
+        num_patches = num_images = 0
+    tokens, targets, key_start, key_stop, positions, segment_id = np.zeros((6, num_slots), np.int32)
+    supervised = np.zeros(num_slots, bool)
+    modality = np.zeros(num_slots, np.int8)
+    vision_slot = np.full(num_patches, -1, np.int32)
+    vision_source = np.zeros(num_patches, np.int32)
+    pixels = np.zeros((num_patches, patch_dim), pixel_dtype)
+    patch_row, patch_col = np.full((2, num_patches), -1, np.int16)
+    image_id = np.full(num_patches, -1, np.int32)
+    patch_start, patch_stop = np.zeros((2, num_patches), np.int32)
+    grid = np.zeros((num_images, 2), np.int32)
+
+    slot = patch = image = 0
+    for number, segment in enumerate(segments, 1):
+        first = slot
+        for part in segment:
+            size = len(part.ids) if isinstance(part, Text) else len(part.pixels)
+            end = slot + size
+            if end > num_slots:
+                raise ValueError(f'{end} slots do not fit into a row of {num_slots}.')
+            here = slice(slot, end)
+            if isinstance(part, Text):
+                tokens[here] = part.ids
+                supervised[here] = part.supervised
+                modality[here] = TEXT
+                key_stop[here] = np.arange(slot + 1, end + 1)
+            else:
+                _check_picture(part, patch + size, image + 1, budgets)
+                modality[here] = VISION
+                key_stop[here] = end
+                there = slice(patch, patch + size)
+                vision_slot[there] = np.arange(slot, end)
+                vision_source[there] = np.arange(patch, patch + size)
+                pixels[there] = part.pixels
+                patch_row[there], patch_col[there] = np.divmod(np.arange(size), part.cols)
+                image_id[there] = image
+                patch_start[there], patch_stop[there] = patch, patch + size
+                grid[image] = part.rows, part.cols
+                patch, image = patch + size, image + 1
+            slot = end
+        key_start[first:slot] = first
+        positions[first:slot] = np.arange(slot - first)
+        segment_id[first:slot] = number
+        learned = supervised[first + 1:slot]
+        targets[first:slot - 1] = tokens[first + 1:slot] * learned
+        supervised[first:slot] = np.append(learned, False)[:slot - first]
+
+    return Batch(
+        tokens=tokens, targets=targets, loss_mask=supervised.astype(np.float32), modality=modality,
+        key_start=key_start, key_stop=key_stop, positions=positions,
+        route_slot=np.arange(num_slots, dtype=np.int32), segment_id=segment_id,
+        vision_slot=vision_slot, vision_source=vision_source,
+        patches=Patches(pixels, patch_row, patch_col, image_id, grid, patch_start, patch_stop) if patch_dim else None,
+        bad_samples=np.asarray(bad_samples, np.int32))
+
+
+def _check_picture(picture: Picture, patches: int, images: int, budgets: Budgets) -> None:
+    if patches > budgets.patches or images > budgets.images:
+        raise ValueError(f'{patches} patches of {images} images do not fit into a row of {budgets.patches} patches and '
+                         f'{budgets.images} images.')
+    expected = (picture.rows * picture.cols, budgets.patch_dim)
+    if picture.pixels.shape != expected or picture.pixels.dtype != budgets.pixel_dtype:
+        raise ValueError(f'a picture of {picture.rows} x {picture.cols} patches needs pixels {budgets.pixel_dtype}'
+                         f'{list(expected)}; these are {picture.pixels.dtype}{list(picture.pixels.shape)}.')
+
+
+def stack(rows: Sequence[Batch]) -> Batch:
+    """The rows as one batch: every leaf gets a leading dimension B."""
+    pictures = [row.patches for row in rows]
+    patches = None if pictures[0] is None else Patches(*(np.stack(leaves) for leaves in zip(*pictures)))
+    leaves = [np.stack(leaves) for leaves in zip(*(row._replace(patches=0) for row in rows))]
+    return Batch(*leaves)._replace(patches=patches)
+
+
+def plan(lengths: Array, budgets: Budgets, seed: int, *, pack: bool = True, max_open: int = 64) -> list[Array]:
+    """Rows as arrays of indices into `lengths`; every sample is in exactly one row.
+
+    The samples come in an order drawn from the seed; each goes to the fullest of the open rows that has room, or opens a
+    new one (at most `max_open` are open: the fullest is closed). A pure function of its arguments.
+
+    Args:
+        lengths: i64[n, 3] slots, patches and images of each sample.
+        budgets: sizes of a row.
+        seed: of the order.
+        pack: False gives each sample a row of its own.
+        max_open: rows considered at a time; more fill rows better and take longer.
+    Raises:
+        ValueError: a sample is larger than a row.
+    """
+    lengths = np.asarray(lengths, np.int64).reshape(-1, 3)
+    limits = np.array([budgets.slots, budgets.patches, budgets.images])
+    if (lengths > limits).any():
+        raise ValueError(f'sample {int((lengths > limits).any(1).argmax())} is larger than a row of {limits.tolist()}.')
+    order = np.random.default_rng(seed).permutation(len(lengths))
+    if not pack:
+        return [order[i:i + 1] for i in range(len(order))]
+    rows: list[list[int]] = []
+    opened: list[list[int]] = [[] for _ in range(max_open)]
+    room = np.tile(limits, (max_open, 1))
+    for sample in order:
+        length = lengths[sample]
+        fits = (room >= length).all(1)
+        # Empty rows have the most room, so they are taken only when no started row fits.
+        best = int(np.where(fits, room[:, 0], limits[0] + 1).argmin())
+        if not fits[best]:
+            best = int(room[:, 0].argmin())
+            rows.append(opened[best])
+            opened[best], room[best] = [], limits
+        opened[best].append(int(sample))
+        room[best] -= length
+    rows += [row for row in opened if row]
+    return [np.array(row, np.int64) for row in rows]

@@ -1,0 +1,81 @@
+"""Prepared folders: written whole or not at all, with a manifest."""
+import contextlib
+import hashlib
+import json
+import pathlib
+import shutil
+import tempfile
+from typing import Any, Iterator
+
+from vora_jax.types import UserError
+
+VERSION = 1
+MANIFEST = 'manifest.json'
+
+
+def find_prepared(to: str, source: dict[str, Any]) -> dict[str, Any] | None:
+    """The manifest of the folder if it already holds this source; None if the folder is still to be made.
+
+    Args:
+        to: the folder.
+        source: what the manifest's `source` must equal.
+    Raises:
+        UserError: the folder holds something else.
+    """
+    path = pathlib.Path(to)
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return None
+    advice = 'choose another --to, or remove it first'
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+    except (OSError, ValueError):
+        raise UserError(f'{to} exists but is not a folder that `vora prepare` finished; {advice}.') from None
+    if not isinstance(manifest, dict) or manifest.get('version') != VERSION or manifest.get('source') != source:
+        raise UserError(f'{to} was prepared from another source or by another version; {advice}.')
+    return manifest
+
+
+@contextlib.contextmanager
+def new_folder(to: str) -> Iterator[pathlib.Path]:
+    """A temporary folder beside `to` that takes its place when the block ends without an error, and vanishes otherwise."""
+    target = pathlib.Path(to).absolute()
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = pathlib.Path(tempfile.mkdtemp(prefix=f'.{target.name}.', suffix='.partial', dir=target.parent))
+    except OSError as error:
+        raise UserError(f'{to} cannot be written ({error.strerror}); choose another --to.') from error
+    try:
+        folder.chmod(0o755)
+        yield folder
+        folder.rename(target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def finish(folder: pathlib.Path, content: dict[str, Any], max_bad: float) -> dict[str, Any]:
+    """Checks the share of dropped rows and writes the manifest; returns it.
+
+    Args:
+        folder: the temporary folder.
+        content: source, rows, counts, dropped: a sentence for each dropped row.
+        max_bad: share of rows that may be dropped, 0 to 1.
+    Raises:
+        UserError: more rows were dropped, or none is left.
+    """
+    dropped, total = content['dropped'], content['rows']
+    if len(dropped) > max_bad * total or len(dropped) == total:
+        raise UserError(f'{len(dropped)} of {total} rows are bad, more than --max-bad {max_bad:g} allows; repair them or raise '
+                        f'the limit, the first is {dropped[0]}.')
+    files = {}
+    images = hashlib.sha256()
+    for file in sorted(path for path in folder.rglob('*') if path.is_file()):
+        name, digest = file.relative_to(folder).as_posix(), hashlib.sha256(file.read_bytes()).hexdigest()
+        if name.startswith('images/'):
+            images.update(f'{name} {digest}\n'.encode())
+        else:
+            files[name] = digest
+    if (folder / 'images').is_dir():
+        files['images'] = images.hexdigest()
+    manifest = {'version': VERSION, **content, 'files': files}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
+    return manifest

@@ -1,0 +1,85 @@
+"""The language model's decoder (Qwen2, Llama)."""
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vora_jax.nn.block import BlockShape
+from vora_jax.nn.norms import RMSNorm
+from vora_jax.nn.slots import SlotContext
+from vora_jax.nn.stack import LayerGroup, Remat, Stack
+from vora_jax.ops.attention import attention
+from vora_jax.ops.rope import rope_angles
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel:
+    """Sizes of a Qwen2- or Llama-family decoder.
+
+    vocab_size V, num_layers L, width D, mlp_width F, num_heads N, num_kv_heads K, head_dim H.
+    rope_theta: rotary base.    qkv_bias: biases on q, k, v (Qwen2).    tied_head: the head is the embedding.
+    activation_dtype: of hidden states; parameters, norms, softmax, logits and losses stay f32.
+    remat: `full` recomputes each layer in the backward pass.
+    """
+
+    vocab_size: int
+    num_layers: int
+    width: int
+    mlp_width: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-6
+    qkv_bias: bool = False
+    tied_head: bool = False
+    activation_dtype: Literal['float32', 'bfloat16'] = 'float32'
+    remat: Remat = 'none'
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return jnp.dtype(self.activation_dtype)
+
+    @property
+    def block_shape(self) -> BlockShape:
+        return BlockShape(self.width, self.mlp_width, self.num_heads, self.num_kv_heads, self.head_dim, self.norm_eps,
+                          self.qkv_bias)
+
+
+class Decoder(nn.Module):
+    """Embedding, layer groups and final norm; the head is a parameter that losses and generation apply."""
+
+    config: LanguageModel
+    groups: tuple[LayerGroup, ...]
+    side: Callable[[], nn.Module] | None = None
+    attend: Callable = attention
+    deterministic: bool = True
+
+    def setup(self):
+        config = self.config
+        embedding = nn.with_logical_partitioning(nn.initializers.normal(0.02), ('vocab', 'embed'))
+        self.embedding = self.param('embedding', embedding, (config.vocab_size, config.width), jnp.float32)
+        if not config.tied_head:
+            head = nn.with_logical_partitioning(nn.initializers.normal(0.02), ('embed', 'vocab'))
+            self.lm_head = self.param('lm_head', head, (config.width, config.vocab_size), jnp.float32)
+        self.layers = Stack(config.block_shape, self.groups, self.side, self.attend, config.remat, self.deterministic)
+        self.norm = RMSNorm(config.norm_eps)
+
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        """f[B, T, D] embeddings of `tokens: i32[B, T]`."""
+        return self.embedding[tokens].astype(self.config.dtype)
+
+    def __call__(self, x: jax.Array, positions: jax.Array, context: SlotContext, cache=None, side_scanned: Any = None,
+                 side_shared: Any = None):
+        """(f[B, T, D] normed last state, cache, side results) for input vectors x and `positions: i32[B, T]`."""
+        angles = rope_angles(positions, self.config.head_dim, self.config.rope_theta)
+        x, cache, side = self.layers(x, context._replace(angles=angles), cache, side_scanned, side_shared)
+        return self.norm(x), cache, side
+
+
+def unembedding(config: LanguageModel, decoder_params) -> jax.Array:
+    """f32[D, V]: the head's kernel."""
+    return decoder_params['embedding'].T if config.tied_head else decoder_params['lm_head']

@@ -1,0 +1,34 @@
+"""What every layer knows about its slots."""
+from typing import NamedTuple
+
+import jax
+
+from vora_jax.types import TEXT, VISION, Array, KeyRange, Scope
+
+
+class SlotContext(NamedTuple):
+    """Per-slot data shared by all layers of a stack.
+
+    key_range: i32[B, T] twice; which keys each slot sees.
+    modality: i8[B, T] PAD, TEXT or VISION; None in a stack whose layers have no adapters (a vision encoder).
+    angles: f32[B, T, H / 2] twice, rotary (cos, sin); None without rotary positions.
+    adapters_on: bool[] or bool[B], the run-time switch of all adapters; None: on.
+    write_slot: i32[B, T] cache slot each new key is written to; None without a cache.
+    """
+
+    key_range: KeyRange
+    modality: Array | None = None
+    angles: tuple[Array, Array] | None = None
+    adapters_on: Array | None = None
+    write_slot: Array | None = None
+
+
+def scope_mask(context: SlotContext, scope: Scope) -> jax.Array | None:
+    """bool[B, T]: the slots an adapter of this scope acts on; None where it acts on all of them."""
+    mask = None
+    if scope != 'all':
+        mask = context.modality == (VISION if scope == 'vision' else TEXT)
+    if context.adapters_on is None:
+        return mask
+    on = context.adapters_on.reshape(-1, 1)
+    return on if mask is None else mask & on

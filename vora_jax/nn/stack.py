@@ -1,0 +1,113 @@
+"""Groups of equal layers, one scan each."""
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vora_jax.nn.block import AdapterTable, Block, BlockShape
+from vora_jax.nn.slots import SlotContext
+from vora_jax.ops.attention import attention
+
+Remat = Literal['none', 'full']
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerGroup:
+    """Consecutive layers that are alike: same adapters, and all or none with the side module.
+
+    Compile time grows with the number of groups, not of layers.
+    """
+
+    num_layers: int
+    adapters: AdapterTable = ()
+    side: bool = False
+
+
+def group_layers(layers: Sequence[tuple[AdapterTable, bool]]) -> tuple[LayerGroup, ...]:
+    """The shortest groups for per-layer (adapters, has side module): group_layers([(a, True), (a, True), ((), False)])
+    gives (LayerGroup(2, a, True), LayerGroup(1))."""
+    return tuple(LayerGroup(len(list(run)), *kind) for kind, run in itertools.groupby(layers))
+
+
+class Stack(nn.Module):
+    """Layer groups in order, each an `nn.scan` over stacked parameters [L, ...] with rematerialisation.
+
+    side: makes a module that is called in the scan body of groups with `side=True`, with (state entering the layer,
+        state leaving it, its scanned input, its shared input); its results are stacked over those layers.
+    """
+
+    shape: BlockShape
+    groups: tuple[LayerGroup, ...]
+    side: Callable[[], nn.Module] | None = None
+    attend: Callable = attention
+    remat: Remat = 'none'
+    deterministic: bool = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array, context: SlotContext, cache=None, side_scanned: Any = None,
+                 side_shared: Any = None):
+        """(f[B, T, D], cache, side results): runs all layers on x: f[B, T, D].
+
+        cache: None or (keys, values), each f[L, B, S, K, H] over all layers.
+        side_scanned: a tree of [L_side, ...] arrays, one slice for each layer with a side module.
+        side_shared: a tree given whole to each side module.
+        """
+        layer, side_layer, caches, side_results = 0, 0, [], []
+        for index, group in enumerate(self.groups):
+            side = self.side if group.side else None
+            body = ScannedLayer
+            if self.remat == 'full':
+                body = nn.remat(body, prevent_cse=False)
+            scan = nn.scan(body, variable_axes={'params': 0}, split_rngs={'params': True, 'dropout': True},
+                           in_axes=(nn.broadcast, 0, 0, nn.broadcast), length=group.num_layers,
+                           metadata_params={nn.PARTITION_NAME: 'layers'})
+            module = scan(self.shape, group.adapters, side, self.attend, self.deterministic, name=f'group_{index}')
+            part = slice(layer, layer + group.num_layers)
+            group_cache = jax.tree.map(lambda c: c[part], cache)
+            scanned = None
+            if side is not None:
+                scanned = jax.tree.map(lambda s: s[side_layer:side_layer + group.num_layers], side_scanned)
+                side_layer += group.num_layers
+            x, (group_cache, result) = module(x, context, group_cache, scanned, side_shared)
+            layer += group.num_layers
+            caches.append(group_cache)
+            if side is not None:
+                side_results.append(result)
+        if cache is not None:
+            cache = _concatenate(caches)
+        return x, cache, _concatenate(side_results) if side_results else None
+
+
+class ScannedLayer(nn.Module):
+    """The scan body: a block, then the side module on its input and output."""
+
+    shape: BlockShape
+    adapters: AdapterTable
+    side: Callable[[], nn.Module] | None
+    attend: Callable
+    deterministic: bool
+
+    @nn.compact
+    def __call__(self, x, context: SlotContext, cache, side_scanned, side_shared):
+        block = Block(self.shape, self.adapters, self.attend, self.deterministic, name='block')
+        leaving, cache = block(x, context, cache)
+        result = None
+        if self.side is not None:
+            result = self.side()(x, leaving, side_scanned, side_shared)
+        return leaving, (cache, result)
+
+
+class Tap(nn.Module):
+    """Side module that returns the state leaving its layer: f[L, B, T, D] once stacked."""
+
+    @nn.compact
+    def __call__(self, entering, leaving, scanned, shared):
+        return leaving
+
+
+def _concatenate(trees):
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=0), *trees)

@@ -1,0 +1,17 @@
+"""Key ranges as dense masks, for references."""
+import jax
+import jax.numpy as jnp
+
+from vora_jax.types import KeyRange
+
+
+def dense_mask(key_range: KeyRange, num_keys: int) -> jax.Array:
+    """bool[B, T, S]: True where query t sees key s, i.e. `start[t] <= s < stop[t]`. Only references build it."""
+    keys = jnp.arange(num_keys, dtype=jnp.int32)[None, None]
+    return (keys >= key_range.start[..., None]) & (keys < key_range.stop[..., None])
+
+
+def causal(batch: int, num_slots: int) -> KeyRange:
+    """The key range of plain causal rows: `[0, q + 1)`."""
+    stop = jnp.broadcast_to(jnp.arange(1, num_slots + 1, dtype=jnp.int32), (batch, num_slots))
+    return KeyRange(jnp.zeros_like(stop), stop)

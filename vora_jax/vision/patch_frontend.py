@@ -1,0 +1,31 @@
+"""Patches straight into the language model."""
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vora_jax.batch import Patches
+from vora_jax.vision.patch_embed import PatchEmbed, PatchEmbedding
+
+
+@dataclasses.dataclass(frozen=True)
+class PatchFrontend:
+    """A front end without an encoder: patch embedding, then a linear to the language model's width."""
+
+    patch_embed: PatchEmbed
+
+
+class PatchFrontendModule(nn.Module):
+    """f[B, P, D]: one language-model vector for each patch (Vision as LoRA, section 3.1; 6 M parameters at 7B)."""
+
+    config: PatchFrontend
+    width: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, patches: Patches) -> jax.Array:
+        x = PatchEmbedding(self.config.patch_embed, self.dtype, name='patch_embed')(patches)
+        kernel = self.param('out_proj', nn.with_logical_partitioning(nn.initializers.lecun_normal(), ('vision', 'embed')),
+                            (x.shape[-1], self.width), jnp.float32)
+        return jnp.dot(x, kernel.astype(x.dtype))
