@@ -1,0 +1,1 @@
+"""The command line: gin and one file per verb."""

@@ -64,12 +64,13 @@ def _wired(hint: Any, default: Any, names: Mapping[str, Callable]) -> str:
 
 
 def _check_known(key, binding, table, signatures) -> None:
+    elsewhere = [f'{name}.{key.parameter}' for name in signatures if key.parameter in signatures[name]]
     if key.parameter and key.name not in signatures:
-        known = [f'{name}.{p}' for name in signatures for p in signatures[name]]
-        raise UserError(f'{binding.where}: there is no {key.name!r} to configure'
-                        + did_you_mean(f'{key.name}.{key.parameter}', known))
+        hint = did_you_mean(key.name, signatures)
+        if hint == '.' and elsewhere:
+            hint = f'; did you mean {elsewhere[0]!r}?'
+        raise UserError(f'{binding.where}: there is no {key.name!r} to configure{hint}')
     if key.parameter and key.parameter not in signatures[key.name]:
-        elsewhere = [f'{name}.{key.parameter}' for name in signatures if key.parameter in signatures[name]]
         hint = did_you_mean(key.parameter, signatures[key.name])
         if hint == '.':
             hint = f'; did you mean {elsewhere[0]!r}?' if elsewhere else f'; it has {", ".join(signatures[key.name])}.'
@@ -117,7 +118,7 @@ class _Session:
         except UserError:
             raise
         except ValueError as error:
-            raise UserError(f'{Key(scope, name, "")}: {error}') from error
+            raise UserError(f'{Key(scope, name, "")}: {str(error).rstrip(".")}.') from error
         return self.built[scope, name]
 
     def find(self, scope: str, name: str, parameter: str) -> Key | None:
@@ -161,7 +162,8 @@ class _Session:
         hint = self.signatures[name][parameter].hint
         for other, target in self.names.items():
             if _result(target) in typed_value.classes(hint):
-                return f"write for example '{Key(scope, name, parameter)} = @{other}()'."
+                one = f'[@{other}()]' if typing.get_origin(hint) in (tuple, list) else f'@{other}()'
+                return f"write for example '{Key(scope, name, parameter)} = {one}'."
         return f'it must be {typed_value.describe(hint)}.'
 
     def text(self) -> str:

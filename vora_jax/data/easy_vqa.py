@@ -19,7 +19,7 @@ SHA256 = 'fcb51b309b78c7b00f97b64cdbcbcf5c105f94da1b39c0796cee5a787c4f650f'
 SHAPES = ('circle', 'rectangle', 'triangle')
 COLOURS = ('black', 'blue', 'brown', 'gray', 'green', 'red', 'teal', 'yellow')
 KINDS = ('colour', 'shape', 'yes_no')
-VOCAB_SIZE = 384
+VOCAB_SIZE = 448  # enough for every answer and description word to be one piece
 MAX_TEXT_SAMPLES = 20_000
 
 # Every way a picture is described in the text-only samples. {c} colour, {s} shape.
@@ -76,9 +76,10 @@ def convert(wheel: str, folder: pathlib.Path, progress: Callable[..., Iterable],
     train = [question for question in questions if question.split == 'train']
     text = text_samples(train)
     counts['text'] = _write(folder / 'text.jsonl', text)
-    corpus = [f'{turn["value"]}' for record in text for turn in record['conversations']]
-    corpus += [text for question in train for text in (question.question, question.answer)]
-    tokenizer = train_sentencepiece(corpus + ['user', 'assistant'] * (len(corpus) // 4), str(folder / 'tokenizer'), VOCAB_SIZE)
+    corpus = [turn['value'] for record in text for turn in record['conversations']]
+    corpus += [part for question in train for part in (question.question, question.answer)]
+    corpus += ['system', 'user', 'assistant'] * len(train)  # the words of the chat template
+    tokenizer = train_sentencepiece(corpus, str(folder / 'tokenizer'), VOCAB_SIZE)
     return {'source': {'name': REQUIREMENT, 'sha256': digest}, 'rows': total, 'counts': counts, 'dropped': dropped,
             'vocab_size': tokenizer.vocab_size}
 

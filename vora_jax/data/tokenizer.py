@@ -72,7 +72,7 @@ def fingerprint(folder: str) -> str:
 
 def train_sentencepiece(texts: Iterable[str], folder: str, vocab_size: int,
                         markers: Sequence[str] = MARKERS) -> SentencePieceTokenizer:
-    """Trains a unigram model on the texts and writes it to `folder/tokenizer.model`.
+    """Trains a byte-pair model on the texts and writes it to `folder/tokenizer.model`.
 
     Text survives unchanged: nothing is normalised, no space is put in front, unseen characters become bytes. The same texts
     give the same file. The vocabulary may come out smaller than asked if the texts do not support more.
@@ -87,7 +87,7 @@ def train_sentencepiece(texts: Iterable[str], folder: str, vocab_size: int,
         raise UserError(f'there is no text to train the tokenizer of {folder} on; check that the data has conversations.')
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines), model_writer=model, vocab_size=vocab_size, model_type='unigram',
+            sentence_iterator=iter(lines), model_writer=model, vocab_size=vocab_size, model_type='bpe',
             user_defined_symbols=list(markers), unk_id=0, pad_id=1, bos_id=-1, eos_id=-1, byte_fallback=True,
             normalization_rule_name='identity', add_dummy_prefix=False, remove_extra_whitespaces=False,
             character_coverage=1.0, hard_vocab_limit=False, num_threads=1, shuffle_input_sentence=False,

@@ -53,12 +53,12 @@ class Stack(nn.Module):
         """(f[B, T, D], cache, side results): runs all layers on x: f[B, T, D].
 
         cache: None or (keys, values), each f[L, B, S, K, H] over all layers.
-        side_scanned: a tree of [L_side, ...] arrays, one slice for each layer with a side module.
+        side_scanned: a tree of [L_side, ...] arrays, one slice for each layer with a side module; None calls none.
         side_shared: a tree given whole to each side module.
         """
         layer, side_layer, caches, side_results = 0, 0, [], []
         for index, group in enumerate(self.groups):
-            side = self.side if group.side else None
+            side = self.side if group.side and side_scanned is not None else None
             body = ScannedLayer
             if self.remat == 'full':
                 body = nn.remat(body, prevent_cse=False)

@@ -55,5 +55,5 @@ class VisionTransformer(nn.Module):
         x = PatchEmbedding(config.patch_embed, self.dtype, name='patch_embed')(patches)
         groups = (LayerGroup(config.num_layers, side=True),)
         stack = Stack(config.block_shape, groups, Tap, self.attend, self.remat, name='blocks')
-        x, _, taps = stack(x, SlotContext(patches.key_range))
+        x, _, taps = stack(x, SlotContext(patches.key_range), side_scanned=())
         return RMSNorm(config.norm_eps, name='norm')(x), taps

@@ -1,0 +1,185 @@
+"""What a training run is, as data.
+
+Frozen leaf dataclasses (bindable by name) and the root `Train`. Every field is either *identity* (part of what makes
+two runs the same run: a resumed run must agree) or *free* (may change between restarts: logged).
+"""
+import dataclasses
+from typing import Any, Iterator, Literal
+
+from vora_jax.data.config import Data
+from vora_jax.method import Method
+from vora_jax.types import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """AdamW with a schedule, clipping and per-path learning rates.
+
+    learning_rate: peak learning rate.
+    schedule: 'constant', or 'cosine' down to `learning_rate * end_fraction` at `decay_steps`.
+    decay_steps: optimizer steps from the start to the end of the cosine; needed by 'cosine' only. It is a field of
+        its own, so that `Train.steps` may change on resume without bending the schedule.
+    end_fraction: what the cosine ends at, as a fraction of the peak.
+    warmup_steps: linear warm-up from 0, optimizer steps.
+    b1, b2, eps, weight_decay: AdamW's. Leaves with fewer than two dimensions per layer (norms, biases) never decay.
+    clip_norm: global gradient norm above which gradients are scaled down; 0 switches it off.
+    lr_multipliers: (pattern, factor) pairs; the first pattern (`fnmatch` on `/`-joined paths) that matches a
+        trainable parameter scales its learning rate.
+    """
+
+    learning_rate: float = 1e-4
+    schedule: Literal['constant', 'cosine'] = 'constant'
+    decay_steps: int = 0
+    end_fraction: float = 0.0
+    warmup_steps: int = 0
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    lr_multipliers: tuple[tuple[str, float], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    """How many devices each mesh axis has; -1 (one axis at most) takes whatever is left.
+
+    data: replicas of the parameters. fsdp: shards of parameters and rows. tensor: shards of heads, MLP, vocabulary.
+    """
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """When steps are saved and how many stay.
+
+    every_steps: optimizer steps between checkpoints; the last step is always saved.
+    keep_last: committed steps that stay on disk.
+    """
+
+    every_steps: int = 1000
+    keep_last: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """One training stage of a method.
+
+    method, stage: what is trained; `stage` names one of the method's stages.
+    data: what it is trained on.
+    steps: optimizer steps of the whole run.
+    batch_rows: rows of one optimizer step, over all devices and micro-batches.
+    accumulation: micro-batches an optimizer step is cut into.
+    seed: of initialisation, data order and dropout.
+    log_every: optimizer steps between rows of metrics.
+    init_from: checkpoints the parameters start from (`training.init_from` has the two forms).
+    workers: data processes; 0 reads in the training process.
+    frozen_dtype: dtype frozen weights are held in; trainable ones are always float32.
+    """
+
+    method: Method
+    data: Data
+    stage: str
+    steps: int
+    batch_rows: int
+    optimizer: Optimizer = Optimizer()
+    mesh: Mesh = Mesh()
+    checkpoint: Checkpoint = Checkpoint()
+    accumulation: int = 1
+    seed: int = 0
+    log_every: int = 10
+    init_from: tuple[str, ...] = ()
+    workers: int = 0
+    frozen_dtype: Literal['float32', 'bfloat16'] = 'float32'
+
+
+# Fields that may change between restarts of one run; all others are identity. '*' stands for every field of a class.
+# Where data lies on disk is free because the manifest hash tells whether it is the same data.
+FREE = {
+    'Train': ('steps', 'mesh', 'checkpoint', 'log_every', 'workers'),
+    'Mesh': ('*',),
+    'Checkpoint': ('*',),
+    'Data': ('tokenizer', 'max_bad_fraction'),
+    'Source': ('path', 'image_root'),
+}
+# How a module computes, never what: free wherever it occurs. `parent` and `name` are Linen's own.
+FREE_ANYWHERE = ('attend', 'remat', 'attention', 'parent', 'name')
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """A field that differs: its path from the root, and both values."""
+
+    path: str
+    old: Any
+    new: Any
+    free: bool
+
+
+def differences(old: Any, new: Any, path: str = 'Train', free: bool = False) -> Iterator[Difference]:
+    """Every leaf in which two configurations differ, in the order of their fields."""
+    if dataclasses.is_dataclass(old) and type(old) is type(new):
+        table = FREE.get(type(old).__name__, ())
+        for field in dataclasses.fields(old):
+            is_free = free or '*' in table or field.name in table or field.name in FREE_ANYWHERE
+            if field.name in ('parent', 'name') and field.name in FREE_ANYWHERE:
+                if not (field.name == 'name' and isinstance(old, Method)):
+                    continue
+            yield from differences(
+                getattr(old, field.name), getattr(new, field.name), f'{path}.{field.name}', is_free
+            )
+    elif isinstance(old, dict) and isinstance(new, dict) and list(old) == list(new):
+        for key in old:
+            yield from differences(old[key], new[key], f'{path}[{key!r}]', free)
+    elif isinstance(old, tuple) and isinstance(new, tuple) and len(old) == len(new):
+        for i, (a, b) in enumerate(zip(old, new, strict=True)):
+            yield from differences(a, b, f'{path}[{i}]', free)
+    elif callable(old) and callable(new):
+        if getattr(old, '__qualname__', old) != getattr(new, '__qualname__', new):
+            yield Difference(path, old, new, free)
+    elif old != new:
+        yield Difference(path, old, new, free)
+
+
+def first_difference(old: Train, new: Train) -> Difference | None:
+    """The first identity field in which `new` is not the run that `old` was, or None."""
+    return next((difference for difference in differences(old, new) if not difference.free), None)
+
+
+def validate(config: Train) -> None:
+    """Raises UserError naming the first field whose value makes no sense."""
+    for name in ('steps', 'batch_rows', 'accumulation', 'log_every'):
+        _at_least(f'Train.{name}', getattr(config, name), 1)
+    _at_least('Train.workers', config.workers, 0)
+    _at_least('Checkpoint.every_steps', config.checkpoint.every_steps, 1)
+    _at_least('Checkpoint.keep_last', config.checkpoint.keep_last, 1)
+    optimizer = config.optimizer
+    for name in ('learning_rate', 'warmup_steps', 'weight_decay', 'clip_norm', 'end_fraction', 'decay_steps'):
+        _at_least(f'Optimizer.{name}', getattr(optimizer, name), 0)
+    if optimizer.schedule not in ('constant', 'cosine'):
+        raise UserError(f"Optimizer.schedule is {optimizer.schedule!r}; it is 'constant' or 'cosine'.")
+    if optimizer.schedule == 'cosine' and optimizer.decay_steps <= optimizer.warmup_steps:
+        raise UserError(
+            f'Optimizer.decay_steps is {optimizer.decay_steps}, but the cosine schedule needs more steps than its '
+            f'{optimizer.warmup_steps} of warm-up; set it to the length of the run.'
+        )
+    if config.frozen_dtype not in ('float32', 'bfloat16'):
+        raise UserError(f"Train.frozen_dtype is {config.frozen_dtype!r}; it is 'float32' or 'bfloat16'.")
+    if config.batch_rows % config.accumulation:
+        raise UserError(
+            f'Train.batch_rows is {config.batch_rows}, which Train.accumulation = {config.accumulation} does not '
+            'divide; choose a multiple.'
+        )
+    if config.stage not in config.method.stages:
+        raise UserError(
+            f'Train.stage is {config.stage!r}, but {config.method.name} has the stages '
+            f'{", ".join(config.method.stages)}.'
+        )
+
+
+def _at_least(name: str, value: float, least: int) -> None:
+    if value < least:
+        raise UserError(f'{name} is {value}; it must be at least {least}.')
