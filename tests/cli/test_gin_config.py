@@ -1,4 +1,5 @@
 """gin files and flags: wiring, types, scopes, and every mistake in one sentence."""
+
 import dataclasses
 import subprocess
 import sys
@@ -69,8 +70,12 @@ class Eval:
     limit: int = 5
 
 
-def vora(language_model: LanguageModel, teacher: Vit | None = None, rank: int = 8,
-         scope: Literal['all', 'vision'] = 'all') -> Method:
+def vora(
+    language_model: LanguageModel,
+    teacher: Vit | None = None,
+    rank: int = 8,
+    scope: Literal['all', 'vision'] = 'all',
+) -> Method:
     return Method('vora', (language_model, teacher, rank, scope))
 
 
@@ -119,14 +124,26 @@ class TestBuilding:
     def test_optional_parts_and_special_defaults_are_named_by_the_user(self):
         assert train(METHOD)[0].method.parts[1] is None
         assert train(METHOD)[0].final_optimizer == Optimizer(learning_rate=1e-5)
-        config, _ = train(METHOD, 'vora.teacher=@Vit()', 'Vit.width=8', 'Train.final_optimizer=@final/Optimizer()',
-                          'final/Optimizer.clip_norm=1')
+        config, _ = train(
+            METHOD,
+            'vora.teacher=@Vit()',
+            'Vit.width=8',
+            'Train.final_optimizer=@final/Optimizer()',
+            'final/Optimizer.clip_norm=1',
+        )
         assert config.method.parts[1] == Vit(width=8)
         assert config.final_optimizer == Optimizer(clip_norm=1.0)
 
     def test_scoped_references_in_a_list(self):
-        config, _ = train(METHOD, 'Train.data=@Data()', 'Data.sources=[@colour/Source(), @shape/Source()]', 'Source.weight=2',
-                          'colour/Source.path=a.jsonl', 'shape/Source.path=b.jsonl', 'shape/Source.weight=3')
+        config, _ = train(
+            METHOD,
+            'Train.data=@Data()',
+            'Data.sources=[@colour/Source(), @shape/Source()]',
+            'Source.weight=2',
+            'colour/Source.path=a.jsonl',
+            'shape/Source.path=b.jsonl',
+            'shape/Source.weight=3',
+        )
         assert config.data.sources == (Source('a.jsonl', 2.0), Source('b.jsonl', 3.0))
 
     def test_a_scope_reaches_what_is_built_inside_it(self):
@@ -134,7 +151,10 @@ class TestBuilding:
         assert config.method.parts[0].width == 4
 
     def test_blocks_macros_and_values(self, tmp_path):
-        path = write(tmp_path, 'a.gin', '''
+        path = write(
+            tmp_path,
+            'a.gin',
+            """
             WIDTH = 16
             Train.method = @vora()
             vora:
@@ -145,14 +165,19 @@ class TestBuilding:
             Vit.taps = [3,
                         4]  # two
             Optimizer.lr_multipliers = [('*/scale', 0), ['b', 2.5]]
-        '''.replace('\n            ', '\n'))
+        """.replace('\n            ', '\n'),
+        )
         config, _ = train(files=[path])
         assert config.method.parts[:2] == (LanguageModel(width=16), Vit(16, (3, 4)))
         assert config.optimizer.lr_multipliers == (('*/scale', 0.0), ('b', 2.5))
 
     def test_barewords_on_the_command_line(self):
         config, _ = train(METHOD, 'Train.stage=finetune', 'LanguageModel.dtype=bfloat16', 'vora.scope=vision')
-        assert (config.stage, config.method.parts[0].dtype, config.method.parts[3]) == ('finetune', 'bfloat16', 'vision')
+        assert (config.stage, config.method.parts[0].dtype, config.method.parts[3]) == (
+            'finetune',
+            'bfloat16',
+            'vision',
+        )
         assert train(METHOD, 'Train.stage=/some/path with spaces')[0].stage == '/some/path with spaces'
 
     def test_integers_become_floats_where_floats_are_wanted(self):
@@ -163,7 +188,11 @@ class TestBuilding:
 class TestLevels:
     def test_flags_override_files_and_files_override_their_includes(self, tmp_path):
         write(tmp_path, 'shared/model.gin', "LanguageModel.width = 1\nTrain.steps = 1\nTrain.stage = 'a'\n")
-        path = write(tmp_path, 'runs/x.gin', f"Train.steps = 2\ninclude '../shared/model.gin'\n{METHOD}\nTrain.stage='b'\n")
+        path = write(
+            tmp_path,
+            'runs/x.gin',
+            f"Train.steps = 2\ninclude '../shared/model.gin'\n{METHOD}\nTrain.stage='b'\n",
+        )
         config, _ = train('Train.stage=c', files=[path])
         assert (config.method.parts[0].width, config.steps, config.stage) == (1, 2, 'c')
 
@@ -182,9 +211,20 @@ class TestLevels:
 
 
 class TestResolvedText:
-    BINDINGS = (METHOD, 'vora.teacher=@teacher/Vit()', 'teacher/Vit.width=3', 'RANK=5', 'vora.rank=%RANK', 'Train.data=@Data()',
-                'Data.sources=[@colour/Source(), @shape/Source()]', 'colour/Source.path="it\'s \\n here"', 'shape/Source.path=b',
-                'Data.budgets={"slots": 3}', 'Optimizer.clip_norm=1e999', 'Optimizer.learning_rate=1')
+    BINDINGS = (
+        METHOD,
+        'vora.teacher=@teacher/Vit()',
+        'teacher/Vit.width=3',
+        'RANK=5',
+        'vora.rank=%RANK',
+        'Train.data=@Data()',
+        'Data.sources=[@colour/Source(), @shape/Source()]',
+        'colour/Source.path="it\'s \\n here"',
+        'shape/Source.path=b',
+        'Data.budgets={"slots": 3}',
+        'Optimizer.clip_norm=1e999',
+        'Optimizer.learning_rate=1',
+    )
 
     def test_loads_to_an_equal_configuration(self):
         config, text = train(*self.BINDINGS)
@@ -211,42 +251,51 @@ class TestResolvedText:
 
 
 class TestMistakes:
-    @pytest.mark.parametrize('bindings, parts', [
-        (['Modle.rank=1'], ["no 'Modle'", "did you mean 'vora.rank'?"]),
-        (['Optimzer.lr=1'], ["no 'Optimzer'", "did you mean 'Optimizer'?"]),
-        (['LanguageModle.width=1'], ['--gin.LanguageModle.width', "did you mean 'LanguageModel'?"]),
-        (['vora.rnk=1'], ["vora has no parameter 'rnk'", "did you mean 'rank'?"]),
-        (['Train.rank=1'], ["did you mean 'vora.rank'?"]),
-        (['Train.method=@voar()'], ["no 'voar'", "did you mean 'vora'?"]),
-        (['Train.method=@vora'], ['brackets', "did you mean '@vora()'?"]),
-        (['vora.rank=x'], ["vora.rank must be int, got 'x'."]),
-        (['vora.rank=True'], ['vora.rank must be int, got True']),
-        (['vora.rank=1e1'], ['vora.rank must be int, got 10.0; did you mean 10?']),
-        (['vora.rank=None'], ['vora.rank must be int, got None']),
-        (['LanguageModel.tied_head=true'], ["must be bool, got 'true'; did you mean True?"]),
-        (['LanguageModel.dtype=1'], ['LanguageModel.dtype must be str, got 1']),
-        (['LanguageModel.rope_theta=False'], ['must be float, got False']),
-        (['vora.scope=visoin'], ["one of 'all', 'vision'", "did you mean 'vision'?"]),
-        (['vora.language_model=@Vit()'], ['vora.language_model must be LanguageModel, got a Vit']),
-        (['Optimizer.clip_norm=high'], ["must be float or None, got 'high'"]),
-        (['vora.teacher=@Vit()', 'Vit.taps=[1, "2"]'], ["Vit.taps at [1] must be int, got '2'"]),
-        (['vora.teacher=@Vit()', 'Vit.taps=3'], ['Vit.taps must be a list of int, got 3']),
-        (['Optimizer.lr_multipliers=[("a", 1, 2)]'], ['at [0] must be (str, float), got 3 values']),
-        (['Vit.width=3'], ['Vit.width is never used', "did you mean to add 'vora.teacher = @Vit()'?"]),
-        (['Eval.limit=3'], ['Eval.limit is never used']),
-        (['text_only.language_model=@LanguageModel()'], ["'Train.method = @text_only()'"]),
-        (['vora.teacher=@teacher/Vit()', 'techer/Vit.width=3'], ['techer', "did you mean 'teacher/Vit.width'?"]),
-        (['vora.teacher=@teacher/Vit()', 'Vit.width=1', 'teacher/Vit.width=3'], ['Vit.width is never used', 'sets its own']),
-        (['vora.rank=1', 'vora.rank=2'], ['vora.rank is set twice']),
-        (['RANK=1'], ["macro 'RANK' is never used"]),
-        (['steps=1'], ["did you mean 'Train.steps'?"]),
-        (['vora.rank=%RNAK', 'RANK=1'], ['%RNAK is not defined', "did you mean 'RANK'?"]),
-        (['vora.rank=%A', 'A=%A'], ['%A refers to itself']),
-        (['Train.data=@Data()'], ['Data.sources has no value', "'Data.sources = [@Source()]'"]),
-        (['Optimizer.learning_rate=-1'], ['Optimizer: learning_rate must not be negative']),
-        (['vora.rank'], ['not a binding']),
-        (['vora.rank=[1'], ['cannot read']),
-    ])
+    @pytest.mark.parametrize(
+        'bindings, parts',
+        [
+            (['Modle.rank=1'], ["no 'Modle'", "did you mean 'vora.rank'?"]),
+            (['Optimzer.lr=1'], ["no 'Optimzer'", "did you mean 'Optimizer'?"]),
+            (['LanguageModle.width=1'], ['--gin.LanguageModle.width', "did you mean 'LanguageModel'?"]),
+            (['vora.rnk=1'], ["vora has no parameter 'rnk'", "did you mean 'rank'?"]),
+            (['Train.rank=1'], ["did you mean 'vora.rank'?"]),
+            (['Train.method=@voar()'], ["no 'voar'", "did you mean 'vora'?"]),
+            (['Train.method=@vora'], ['brackets', "did you mean '@vora()'?"]),
+            (['vora.rank=x'], ["vora.rank must be int, got 'x'."]),
+            (['vora.rank=True'], ['vora.rank must be int, got True']),
+            (['vora.rank=1e1'], ['vora.rank must be int, got 10.0; did you mean 10?']),
+            (['vora.rank=None'], ['vora.rank must be int, got None']),
+            (['LanguageModel.tied_head=true'], ["must be bool, got 'true'; did you mean True?"]),
+            (['LanguageModel.dtype=1'], ['LanguageModel.dtype must be str, got 1']),
+            (['LanguageModel.rope_theta=False'], ['must be float, got False']),
+            (['vora.scope=visoin'], ["one of 'all', 'vision'", "did you mean 'vision'?"]),
+            (['vora.language_model=@Vit()'], ['vora.language_model must be LanguageModel, got a Vit']),
+            (['Optimizer.clip_norm=high'], ["must be float or None, got 'high'"]),
+            (['vora.teacher=@Vit()', 'Vit.taps=[1, "2"]'], ["Vit.taps at [1] must be int, got '2'"]),
+            (['vora.teacher=@Vit()', 'Vit.taps=3'], ['Vit.taps must be a list of int, got 3']),
+            (['Optimizer.lr_multipliers=[("a", 1, 2)]'], ['at [0] must be (str, float), got 3 values']),
+            (['Vit.width=3'], ['Vit.width is never used', "did you mean to add 'vora.teacher = @Vit()'?"]),
+            (['Eval.limit=3'], ['Eval.limit is never used']),
+            (['text_only.language_model=@LanguageModel()'], ["'Train.method = @text_only()'"]),
+            (
+                ['vora.teacher=@teacher/Vit()', 'techer/Vit.width=3'],
+                ['techer', "did you mean 'teacher/Vit.width'?"],
+            ),
+            (
+                ['vora.teacher=@teacher/Vit()', 'Vit.width=1', 'teacher/Vit.width=3'],
+                ['Vit.width is never used', 'sets its own'],
+            ),
+            (['vora.rank=1', 'vora.rank=2'], ['vora.rank is set twice']),
+            (['RANK=1'], ["macro 'RANK' is never used"]),
+            (['steps=1'], ["did you mean 'Train.steps'?"]),
+            (['vora.rank=%RNAK', 'RANK=1'], ['%RNAK is not defined', "did you mean 'RANK'?"]),
+            (['vora.rank=%A', 'A=%A'], ['%A refers to itself']),
+            (['Train.data=@Data()'], ['Data.sources has no value', "'Data.sources = [@Source()]'"]),
+            (['Optimizer.learning_rate=-1'], ['Optimizer: learning_rate must not be negative']),
+            (['vora.rank'], ['not a binding']),
+            (['vora.rank=[1'], ['cannot read']),
+        ],
+    )
     def test_one_sentence(self, bindings, parts):
         has_method = any(b.startswith('Train.method') for b in bindings)
         text = message(*bindings, *([] if has_method else [METHOD]))
@@ -259,16 +308,22 @@ class TestMistakes:
         with pytest.raises(UserError, match='refers to itself'):
             load('Train', (), ['Train.method=@Train()'], (), NAMES)
 
-    @pytest.mark.parametrize('line, parts', [
-        ('Modle.rank = 1', ["x.gin:2: there is no 'Modle'"]),
-        ('vora.rank = "x"', ["x.gin:2: vora.rank must be int, got 'x'."]),
-        ('Train.steps = 1\nTrain.steps = 2', ['x.gin:3: Train.steps is set twice, first at ', 'x.gin:2']),
-        ('Train.stage = pretrain', ["x.gin:2: cannot read 'Train.stage = pretrain'", 'text in quotes']),
-        ('Train.steps = [1,', ['x.gin:', 'unclosed bracket']),
-        ("include 'none.gin'", ['x.gin:2: cannot read the configuration file', 'none.gin', 'No such file']),
-        ('import os', ['x.gin:2: imports are not needed']),
-        ('techer/vora.rank = 1', ['x.gin:2: techer/vora.rank is never used']),
-    ])
+    @pytest.mark.parametrize(
+        'line, parts',
+        [
+            ('Modle.rank = 1', ["x.gin:2: there is no 'Modle'"]),
+            ('vora.rank = "x"', ["x.gin:2: vora.rank must be int, got 'x'."]),
+            ('Train.steps = 1\nTrain.steps = 2', ['x.gin:3: Train.steps is set twice, first at ', 'x.gin:2']),
+            ('Train.stage = pretrain', ["x.gin:2: cannot read 'Train.stage = pretrain'", 'text in quotes']),
+            ('Train.steps = [1,', ['x.gin:', 'unclosed bracket']),
+            (
+                "include 'none.gin'",
+                ['x.gin:2: cannot read the configuration file', 'none.gin', 'No such file'],
+            ),
+            ('import os', ['x.gin:2: imports are not needed']),
+            ('techer/vora.rank = 1', ['x.gin:2: techer/vora.rank is never used']),
+        ],
+    )
     def test_files_are_named_with_the_line(self, tmp_path, line, parts):
         text = message(files=[write(tmp_path, 'x.gin', f'{METHOD}\n{line}\n')])
         assert all(part in text for part in parts), text
@@ -285,15 +340,32 @@ class TestMistakes:
 
 class TestSplitArguments:
     def test_takes_the_gin_arguments_out(self):
-        argv = ['x.gin', '--gin.vora.rank=64', '--workdir', 'w', '--gin_file', 'a.gin', '--gin_file=b.gin', '--gin.A.b', '-1',
-                '--gin_bindings', 'A.c=1\n  A.d="x=y"', '--resume']
-        assert split_arguments(argv) == (['x.gin', '--workdir', 'w', '--resume'], ['a.gin', 'b.gin'],
-                                         ['vora.rank=64', 'A.b=-1', 'A.c=1', 'A.d="x=y"'])
+        argv = [
+            'x.gin',
+            '--gin.vora.rank=64',
+            '--workdir',
+            'w',
+            '--gin_file',
+            'a.gin',
+            '--gin_file=b.gin',
+            '--gin.A.b',
+            '-1',
+            '--gin_bindings',
+            'A.c=1\n  A.d="x=y"',
+            '--resume',
+        ]
+        assert split_arguments(argv) == (
+            ['x.gin', '--workdir', 'w', '--resume'],
+            ['a.gin', 'b.gin'],
+            ['vora.rank=64', 'A.b=-1', 'A.c=1', 'A.d="x=y"'],
+        )
 
     def test_leaves_what_follows_two_dashes(self):
         assert split_arguments(['--', '--gin.a=1']) == (['--', '--gin.a=1'], [], [])
 
-    @pytest.mark.parametrize('argv', [['--gin.vora.rank'], ['--gin.vora.rank', '--workdir'], ['--gin-file', 'x'], ['--gin']])
+    @pytest.mark.parametrize(
+        'argv', [['--gin.vora.rank'], ['--gin.vora.rank', '--workdir'], ['--gin-file', 'x'], ['--gin']]
+    )
     def test_mistakes(self, argv):
         with pytest.raises(UserError, match='--gin'):
             split_arguments(argv)

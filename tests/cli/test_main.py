@@ -1,4 +1,5 @@
 """The console command: verbs, mistakes, exit codes."""
+
 import subprocess
 import sys
 import time
@@ -12,27 +13,36 @@ from vora_jax.types import UserError
 
 def verb(run):
     """A verb module that takes one optional argument."""
-    return types.SimpleNamespace(HELP='does things', EXAMPLE='vora train x.gin', run=run,
-                                 add_arguments=lambda parser: parser.add_argument('config', nargs='?'))
+    return types.SimpleNamespace(
+        HELP='does things',
+        EXAMPLE='vora train x.gin',
+        run=run,
+        add_arguments=lambda parser: parser.add_argument('config', nargs='?'),
+    )
 
 
 @pytest.fixture
 def install(monkeypatch):
     """Puts a verb module in the place of `train`."""
+
     def put(module):
         monkeypatch.setitem(sys.modules, 'vora_jax.cli.train', module)
+
     return put
 
 
 def failing(error):
     def run(args):
         raise error
+
     return run
 
 
 def test_help_is_quick_and_imports_no_heavy_module():
-    script = ("import sys; from vora_jax.cli.main import main; code = main(['--help']);"
-              "sys.exit(code or any(m in sys.modules for m in ('jax', 'gin', 'numpy', 'torch')))")
+    script = (
+        "import sys; from vora_jax.cli.main import main; code = main(['--help']);"
+        "sys.exit(code or any(m in sys.modules for m in ('jax', 'gin', 'numpy', 'torch')))"
+    )
     seconds = []
     for _ in range(3):
         start = time.perf_counter()
@@ -93,10 +103,14 @@ def test_other_errors_keep_their_traceback(install):
 
 
 def test_a_closed_pipe_is_quiet():
-    script = ("import sys, types; m = types.SimpleNamespace(HELP='', EXAMPLE='', add_arguments=lambda p: None,"
-              "run=lambda a: [print('x' * 80) for _ in range(20000)] and 0); sys.modules['vora_jax.cli.train'] = m;"
-              "from vora_jax.cli.main import main; sys.exit(main(['train']))")
-    with subprocess.Popen([sys.executable, '-c', script], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    script = (
+        "import sys, types; m = types.SimpleNamespace(HELP='', EXAMPLE='', add_arguments=lambda p: None,"
+        "run=lambda a: [print('x' * 80) for _ in range(20000)] and 0); sys.modules['vora_jax.cli.train'] = m;"
+        "from vora_jax.cli.main import main; sys.exit(main(['train']))"
+    )
+    with subprocess.Popen(
+        [sys.executable, '-c', script], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
         process.stdout.readline()
         process.stdout.close()
         assert process.stderr.read() == b''
@@ -120,10 +134,12 @@ def test_help_of_a_verb_shows_an_example(install, capsys):
 
 @pytest.mark.parametrize('name', cli.VERBS)
 def test_help_of_every_verb_shows_an_example_and_needs_no_jax(name):
-    script = ('import sys; from vora_jax.cli.main import main\n'
-              f'try: code = main([{name!r}, "--help"])\n'
-              'except SystemExit as stop: code = stop.code\n'
-              'sys.exit("imports jax" if "jax" in sys.modules or "torch" in sys.modules else code)')
+    script = (
+        'import sys; from vora_jax.cli.main import main\n'
+        f'try: code = main([{name!r}, "--help"])\n'
+        'except SystemExit as stop: code = stop.code\n'
+        'sys.exit("imports jax" if "jax" in sys.modules or "torch" in sys.modules else code)'
+    )
     done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, check=False)
     if f'this version has no {name!r}' in done.stderr:
         pytest.skip(done.stderr.strip())

@@ -2,6 +2,7 @@
 
 Knows nothing of gin's syntax: `gin_config` reads files and flags into the table. See there for the rules.
 """
+
 import dataclasses
 import inspect
 import typing
@@ -16,10 +17,17 @@ from vora_jax.types import UserError
 _MISSING = dataclasses.MISSING
 
 
-class _Parameter(NamedTuple):
+class Parameter(NamedTuple):
+    """One parameter of a bindable.
+
+    hint: its annotation.
+    default: `dataclasses.MISSING` if there is none.
+    wired: name of the bindable that is built for it where nothing is bound; '' for none.
+    """
+
     hint: Any
     default: Any
-    wired: str  # the bindable built for it when nothing is bound, '' for none
+    wired: str
 
 
 def build(root: str, table: Mapping[Key, Binding], names: Mapping[str, Callable]) -> tuple[Any, str]:
@@ -28,7 +36,7 @@ def build(root: str, table: Mapping[Key, Binding], names: Mapping[str, Callable]
     Raises:
         UserError: see `gin_config.load`.
     """
-    signatures = {name: _parameters(target, names) for name, target in names.items()}
+    signatures = {name: parameters(target, names) for name, target in names.items()}
     for key, binding in table.items():
         _check_known(key, binding, table, signatures)
     session = _Session(table, names, signatures)
@@ -39,17 +47,25 @@ def build(root: str, table: Mapping[Key, Binding], names: Mapping[str, Callable]
     return config, session.text()
 
 
-def _parameters(target: Callable, names: Mapping[str, Callable]) -> dict[str, _Parameter]:
+def parameters(target: Callable, names: Mapping[str, Callable]) -> dict[str, Parameter]:
+    """What a bindable takes, in the order of its signature."""
     hints = typing.get_type_hints(target)
     if dataclasses.is_dataclass(target):
-        defaults = {f.name: f.default if f.default_factory is _MISSING else f.default_factory()
-                    for f in dataclasses.fields(target) if f.init}
+        defaults = {
+            f.name: f.default if f.default_factory is _MISSING else f.default_factory()
+            for f in dataclasses.fields(target)
+            if f.init
+        }
     else:
-        defaults = {p.name: _MISSING if p.default is p.empty else p.default
-                    for p in inspect.signature(target).parameters.values()
-                    if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
-    return {name: _Parameter(hints.get(name, Any), default, _wired(hints.get(name, Any), default, names))
-            for name, default in defaults.items()}
+        defaults = {
+            p.name: _MISSING if p.default is p.empty else p.default
+            for p in inspect.signature(target).parameters.values()
+            if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+        }
+    return {
+        name: Parameter(hints.get(name, Any), default, _wired(hints.get(name, Any), default, names))
+        for name, default in defaults.items()
+    }
 
 
 def _wired(hint: Any, default: Any, names: Mapping[str, Callable]) -> str:
@@ -73,17 +89,28 @@ def _check_known(key, binding, table, signatures) -> None:
     if key.parameter and key.parameter not in signatures[key.name]:
         hint = did_you_mean(key.parameter, signatures[key.name])
         if hint == '.':
-            hint = f'; did you mean {elsewhere[0]!r}?' if elsewhere else f'; it has {", ".join(signatures[key.name])}.'
+            hint = (
+                f'; did you mean {elsewhere[0]!r}?'
+                if elsewhere
+                else f'; it has {", ".join(signatures[key.name])}.'
+            )
         raise UserError(f'{binding.where}: {key.name} has no parameter {key.parameter!r}{hint}')
     for leaf in leaves(binding.value):
         if isinstance(leaf, Macro) and Key('', leaf.name, '') not in table:
             macros = [k.name for k in table if not k.parameter]
-            raise UserError(f'{binding.where}: the macro %{leaf.name} is not defined' + did_you_mean(leaf.name, macros))
+            raise UserError(
+                f'{binding.where}: the macro %{leaf.name} is not defined' + did_you_mean(leaf.name, macros)
+            )
         if isinstance(leaf, Reference) and leaf.name not in signatures:
-            raise UserError(f'{binding.where}: there is no {leaf.name!r} to refer to' + did_you_mean(leaf.name, signatures))
+            raise UserError(
+                f'{binding.where}: there is no {leaf.name!r} to refer to'
+                + did_you_mean(leaf.name, signatures)
+            )
         if isinstance(leaf, Reference) and not leaf.called:
-            raise UserError(f'{binding.where}: {str(leaf)[:-2]} stands for a value here and needs brackets'
-                            f"; did you mean '{leaf}'?")
+            raise UserError(
+                f'{binding.where}: {str(leaf)[:-2]} stands for a value here and needs brackets'
+                f"; did you mean '{leaf}'?"
+            )
 
 
 class _Session:
@@ -106,11 +133,18 @@ class _Session:
         for parameter, (hint, default, wired) in self.signatures[name].items():
             key = self.find(scope, name, parameter)
             if key:
-                arguments[parameter], received[parameter] = self.value(scope, key, Key(scope, name, parameter), hint)
+                arguments[parameter], received[parameter] = self.value(
+                    scope, key, Key(scope, name, parameter), hint
+                )
             elif wired:
-                arguments[parameter], received[parameter] = self.call(scope, wired), Reference('', wired, True)
+                arguments[parameter], received[parameter] = (
+                    self.call(scope, wired),
+                    Reference('', wired, True),
+                )
             elif default is _MISSING:
-                raise UserError(f'{Key(scope, name, parameter)} has no value; {self.proposal(scope, name, parameter)}')
+                raise UserError(
+                    f'{Key(scope, name, parameter)} has no value; {self.proposal(scope, name, parameter)}'
+                )
             elif typed_value.fits(default, hint):  # shown only; the callee's own default counts
                 received[parameter] = default
         try:
@@ -145,14 +179,16 @@ class _Session:
         """`expression` with its macros replaced by what they stand for."""
         if isinstance(expression, Macro):
             if expression.name in within:
-                raise UserError(f'{binding.where}: the macro %{expression.name} refers to itself; break the circle.')
+                raise UserError(
+                    f'{binding.where}: the macro %{expression.name} refers to itself; break the circle.'
+                )
             key = Key('', expression.name, '')
             self.used.add(key)
             return self.expand(binding, self.table[key].value, (*within, expression.name))
         return map_parts(expression, lambda inner: self.expand(binding, inner, within))
 
     def evaluate(self, scope: str, expression: Any) -> Any:
-        """`expression` with its references replaced by what they build; without a scope of their own they inherit."""
+        """`expression` with its references built; those without a scope of their own inherit `scope`."""
         if isinstance(expression, Reference):
             return self.call(expression.scope or scope, expression.name)
         return map_parts(expression, lambda inner: self.evaluate(scope, inner))
@@ -164,14 +200,18 @@ class _Session:
             if _result(target) in typed_value.classes(hint):
                 one = f'[@{other}()]' if typing.get_origin(hint) in (tuple, list) else f'@{other}()'
                 return f"write for example '{Key(scope, name, parameter)} = {one}'."
-        return f'it must be {typed_value.describe(hint)}.'
+        key = Key(scope, name, parameter)
+        return f'set it with --gin.{key}=VALUE or in a file, it is {typed_value.describe(hint)}.'
 
     def text(self) -> str:
         """Every call with all its parameters, the root first, in the order of the signatures."""
         blocks = []
         for (scope, name), received in self.received.items():
-            lines = [f'{Key(scope, name, parameter)} = {written(value)}' for parameter, value in received.items()
-                     if written(value) is not None]
+            lines = [
+                f'{Key(scope, name, parameter)} = {written(value)}'
+                for parameter, value in received.items()
+                if written(value) is not None
+            ]
             blocks.append('\n'.join(lines or [f'# {Key(scope, name, "")} has nothing to set.']))
         return '\n\n'.join(blocks) + '\n'
 
@@ -180,14 +220,22 @@ def _unused_message(unused: list[Key], session: _Session) -> str:
     key = unused[0]
     where, more = session.table[key].where, f' (and {len(unused) - 1} more)' if len(unused) > 1 else ''
     if not key.parameter:
-        parameters = [f'{name}.{p}' for name in session.signatures for p in session.signatures[name] if p == key.name]
-        hint = f'; did you mean {parameters[0]!r}?' if parameters else f'; use it as %{key.name} or remove it.'
+        parameters = [
+            f'{name}.{p}' for name in session.signatures for p in session.signatures[name] if p == key.name
+        ]
+        hint = (
+            f'; did you mean {parameters[0]!r}?' if parameters else f'; use it as %{key.name} or remove it.'
+        )
         return f'{where}: the macro {key.name!r} is never used{more}{hint}'
     scopes = [scope for scope, name in session.received if name == key.name]
     if not scopes:
         result = _result(session.names[key.name])
-        places = [str(Key(scope, name, p)) for scope, name in session.received
-                  for p, parameter in session.signatures[name].items() if result in typed_value.classes(parameter.hint)]
+        places = [
+            str(Key(scope, name, p))
+            for scope, name in session.received
+            for p, parameter in session.signatures[name].items()
+            if result in typed_value.classes(parameter.hint)
+        ]
         reference = Reference(key.scope, key.name, True)
         hint = f"; did you mean to add '{places[0]} = {reference}'?" if places else '; remove it.'
         return f'{where}: {key} is never used{more}, because nothing refers to {reference}{hint}'

@@ -1,4 +1,5 @@
 """What bindings are made of: keys, references, macros."""
+
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -69,7 +70,9 @@ def written(value: Any, width: int = 100) -> str | None:
             return None
         opening, closing = {list: '[]', tuple: '()', dict: '{}'}[type(value)]
         items = [': '.join(pair).replace('\n', '\n    ') for pair in parts]
-        line = opening + ', '.join(items) + (',' if type(value) is tuple and len(items) == 1 else '') + closing
+        line = (
+            opening + ', '.join(items) + (',' if type(value) is tuple and len(items) == 1 else '') + closing
+        )
         broken = ''.join(f'    {item},\n' for item in items)
         return line if len(line) <= width else f'{opening}\n{broken}{closing}'
     return repr(value) if type(value) in (int, float, str, bool, type(None)) else None

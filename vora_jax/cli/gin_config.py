@@ -1,19 +1,21 @@
 """Strict gin: files and flags become frozen dataclasses.
 
-The only module that imports gin, and of gin only its parser: bindings, `@scope/Name()` references, `%MACRO`s, blocks and
-includes are gin's language, but the tables live in one call of `load` and not in gin's process-wide registry, so
-nothing is registered, mutated or left behind, and each mistake is known with its file and line.
+The only module that imports gin, and of gin only its parser: bindings, `@scope/Name()` references, `%MACRO`s,
+blocks and includes are gin's language, but the tables live in one call of `load`, not in gin's process-wide
+registry. So nothing is registered, mutated or left behind, and each mistake is known with its file and line.
 
-Wiring. A parameter whose annotation is a bindable dataclass (or whose default equals a plain `X()`) is built as `@X()`
-without being told, so `--gin.Optimizer.learning_rate=1e-4` works with no file. Everything else that is made of bindable
-pieces is named by the user: `X | None = None`, a tuple of X, a union, a default that differs from `X()`.
+Wiring. A parameter whose annotation is a bindable dataclass, or whose default equals a plain `X()`, is built as
+`@X()` unasked, so `--gin.Optimizer.learning_rate=1e-4` works with no file. Everything else that is made of
+bindable pieces is named by the user: `X | None = None`, a tuple of X, a union, a default other than `X()`.
 
-Order. Texts, then files, then command-line bindings; the later wins. A file overrides what it includes, of two
-includes the later wins, and a file reached twice through includes counts once. Twice in one file is a mistake.
+Order. Texts, then files, then command-line bindings; the later wins. A file overrides what it includes; of two
+includes the later wins; a file reached twice by includes counts once. Twice in one file is a mistake.
 
-Scopes work as in gin: `@teacher/Vit()` reads `teacher/Vit.x` before `Vit.x`, and what it builds stays in its scope.
+Scopes work as in gin: `@teacher/Vit()` reads `teacher/Vit.x` before `Vit.x`, and so does what it builds.
 """
+
 import importlib.util  # noqa: F401  gin 0.5 uses it without importing it
+import inspect
 import os
 import re
 import tokenize
@@ -28,12 +30,37 @@ from vora_jax.types import UserError
 
 
 def bindables() -> dict[str, Callable]:
-    """Everything a .gin file can bind: leaf dataclasses, the method functions of `variants`, and the two roots."""
-    raise NotImplementedError
+    """Everything a .gin file can bind, by name: leaf dataclasses, methods of `variants`, the two roots."""
+    from vora_jax import variants  # late: whoever only splits arguments needs no JAX
+    from vora_jax.data.config import Data, ImagePolicy, Source
+    from vora_jax.llm.decoder import LanguageModel
+    from vora_jax.training.config import Checkpoint, Mesh, Optimizer, Train
+    from vora_jax.vision.patch_embed import PatchEmbed
+    from vora_jax.vision.vit import Vit
+
+    methods = [
+        f
+        for name, f in vars(variants).items()
+        if inspect.isfunction(f) and f.__module__ == variants.__name__ and not name.startswith('_')
+    ]
+    leaves = [LanguageModel, Vit, PatchEmbed, Source, ImagePolicy, Data, Optimizer, Mesh, Checkpoint]
+    roots = [Train]
+    try:
+        from vora_jax.evaluation.config import Eval
+
+        roots.append(Eval)
+    except ModuleNotFoundError:
+        pass
+    return {bindable.__name__: bindable for bindable in (*leaves, *methods, *roots)}
 
 
-def load(root: str, files: Sequence[str] = (), bindings: Sequence[str] = (), texts: Sequence[str] = (),
-         names: Mapping[str, Callable] | None = None) -> tuple[Any, str]:
+def load(
+    root: str,
+    files: Sequence[str] = (),
+    bindings: Sequence[str] = (),
+    texts: Sequence[str] = (),
+    names: Mapping[str, Callable] | None = None,
+) -> tuple[Any, str]:
     """The configuration object and its resolved text, which loads to an equal object.
 
     Args:
@@ -44,8 +71,8 @@ def load(root: str, files: Sequence[str] = (), bindings: Sequence[str] = (), tex
         names: the bindables by name, `bindables()` by default.
 
     Raises:
-        UserError: an unknown name or parameter, a wrong type, a binding or macro that nothing uses, the same binding
-            twice, a missing value, `@X` without brackets, a file that cannot be read.
+        UserError: an unknown name or parameter, a wrong type, a binding or macro that nothing uses, the same
+            binding twice, a missing value, `@X` without brackets, a file that cannot be read.
     """
     table: dict[Key, Binding] = {}
     for text in texts:
@@ -59,8 +86,8 @@ def load(root: str, files: Sequence[str] = (), bindings: Sequence[str] = (), tex
 def split_arguments(argv: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
     """`argv` without its gin arguments, the --gin_file paths, and the bindings.
 
-    Takes `--gin.NAME=VALUE`, `--gin_file F` and `--gin_bindings 'A.b=1'` (one binding a line); each also with the value
-    after a space or `=`. What follows `--` is left alone.
+    Takes `--gin.NAME=VALUE`, `--gin_file F` and `--gin_bindings 'A.b=1'` (one binding a line), each with the
+    value after a space or `=`. What follows `--` is left alone.
 
     Raises:
         UserError: an unknown --gin argument, or one without a value.
@@ -76,7 +103,9 @@ def split_arguments(argv: Sequence[str]) -> tuple[list[str], list[str], list[str
             continue
         flag, equals, value = argument.partition('=')
         if not re.fullmatch(r'--gin(_file|_bindings|\..+)', flag):
-            raise UserError(f'{flag}: no such argument; write --gin.NAME=VALUE, --gin_file FILE or --gin_bindings TEXT.')
+            raise UserError(
+                f'{flag}: no such argument; write --gin.NAME=VALUE, --gin_file FILE or --gin_bindings TEXT.'
+            )
         if not equals:
             if not waiting or waiting[0].startswith('--'):
                 raise UserError(f'{flag}: a value is missing; write {flag}=VALUE.')
@@ -156,8 +185,10 @@ def _add(table: dict[Key, Binding], statement: config_parser.BindingStatement, w
     key = Key(scope, name, parameter)
     if key in table:
         first = table[key].where
-        raise UserError(f'{where}: {key} is set twice, first {"at " + first if first != where else "by the same flag"}'
-                        '; keep one of them.')
+        raise UserError(
+            f'{where}: {key} is set twice, first {"at " + first if first != where else "by the same flag"}'
+            '; keep one of them.'
+        )
     table[key] = Binding(statement.value, where)
 
 
@@ -169,4 +200,6 @@ def _parse(text: str, label: str) -> list:
     except tokenize.TokenError as error:
         line, written = error.args[1][0], 'an unclosed bracket or string'
     where = label if label.startswith('--') else f'{label}:{line}'
-    raise UserError(f'{where}: cannot read {written!r}; write NAME.PARAMETER = VALUE, with text in quotes.') from None
+    raise UserError(
+        f'{where}: cannot read {written!r}; write NAME.PARAMETER = VALUE, with text in quotes.'
+    ) from None

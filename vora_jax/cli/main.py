@@ -7,6 +7,7 @@ Each verb is a module of this package, imported when it is asked for:
     add_arguments(parser)        argparse arguments
     run(args) -> int             exit code; `args.gin_files` and `args.gin_bindings` hold the --gin arguments
 """
+
 import argparse
 import importlib
 import importlib.metadata
@@ -69,7 +70,9 @@ def _dispatch(argv: list[str]) -> int:
     module = _import(verb)
     arguments, files, bindings = _split(arguments)
     if (files or bindings) and verb not in TAKES_GIN:
-        raise UserError(f'{verb} takes no --gin arguments, only {" and ".join(TAKES_GIN)} do; leave them out.')
+        raise UserError(
+            f'{verb} takes no --gin arguments, only {" and ".join(TAKES_GIN)} do; leave them out.'
+        )
     args = _parser(verb, module).parse_args(arguments)
     args.gin_files, args.gin_bindings = files, bindings
     return module.run(args) or 0
@@ -77,8 +80,10 @@ def _dispatch(argv: list[str]) -> int:
 
 def _overview() -> str:
     rows = '\n'.join(f'  {verb:10}{text}' for verb, text in VERBS.items())
-    return (f'usage: vora VERB ...\n\nTeaches a language model to see.\n\nverbs:\n{rows}\n\n'
-            '`vora VERB --help` shows the arguments of a verb and an example.')
+    return (
+        f'usage: vora VERB ...\n\nTeaches a language model to see.\n\nverbs:\n{rows}\n\n'
+        '`vora VERB --help` shows the arguments of a verb and an example.'
+    )
 
 
 def _import(verb: str) -> ModuleType:
@@ -89,8 +94,10 @@ def _import(verb: str) -> ModuleType:
         if error.name == name:
             raise UserError(f'this version has no {verb!r} yet; see `vora --help`.') from None
         if not (error.name or '').startswith('vora_jax'):
-            raise UserError(f'{verb} needs the Python package {error.name!r}, which is not installed; '
-                            'the README lists which extra brings it.') from error
+            raise UserError(
+                f'{verb} needs the Python package {error.name!r}, which is not installed; '
+                'the README lists which extra brings it.'
+            ) from error
         raise
 
 
@@ -98,20 +105,27 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str], list[str]]:
     if not any(a.startswith('--gin') for a in arguments):
         return arguments, [], []
     from vora_jax.cli.gin_config import split_arguments  # late: other verbs need no gin
+
     return split_arguments(arguments)
 
 
 def _parser(verb: str, module: ModuleType) -> argparse.ArgumentParser:
     example = getattr(module, 'EXAMPLE', '').strip().replace('\n', '\n  ')
     epilog = [_GIN_HELP] * (verb in TAKES_GIN) + [f'example:\n  {example}'] * bool(example)
-    parser = argparse.ArgumentParser(prog=f'vora {verb}', description=module.HELP, epilog='\n'.join(epilog),
-                                     allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog=f'vora {verb}',
+        description=module.HELP,
+        epilog='\n'.join(epilog),
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     module.add_arguments(parser)
     return parser
 
 
 def _closest(verb: str) -> str:
     from vora_jax.cli.typed_value import did_you_mean  # late: keeps `vora --help` quick
+
     suggestion = did_you_mean(verb, VERBS)
     return suggestion if suggestion != '.' else f'; there are {", ".join(VERBS)}.'
 

@@ -20,8 +20,8 @@ examples:
   vora prepare easy-vqa --to data/easy_vqa
   vora prepare jsonl rows.json --image-root pictures --to data/mine --vocab-size 8000
 
-Bad rows (a missing or truncated picture, placeholders that do not match the frames, broken JSON) are left out and
-counted in DIR/manifest.json; above --max-bad nothing is written and the command fails.
+Bad rows (a missing or truncated picture, placeholders that do not match the frames, broken JSON) are left out
+and counted in DIR/manifest.json; above --max-bad nothing is written and the command fails.
 """
 
 
@@ -29,11 +29,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `vora prepare`."""
     sets = parser.add_subparsers(dest='source', required=True, metavar='SOURCE')
     easy = sets.add_parser('easy-vqa', help='pictures of one coloured shape with questions (downloads 3 MB)')
-    easy.add_argument('--wheel', metavar='FILE', help=f'the downloaded package {easy_vqa.REQUIREMENT}; default: download it')
+    easy.add_argument('--wheel', metavar='FILE',
+                      help=f'the downloaded package {easy_vqa.REQUIREMENT}; default: download it')
     rows = sets.add_parser('jsonl', help='check a JSON-lines file and keep its good rows')
     rows.add_argument('file', metavar='FILE', help='rows {"id", "frames", "conversations"}')
-    rows.add_argument('--image-root', default='', metavar='DIR', help='folder the frames are relative to; default: that of FILE')
-    rows.add_argument('--vocab-size', type=int, default=0, metavar='N', help='also train a tokenizer; default: none')
+    rows.add_argument('--image-root', default='', metavar='DIR',
+                      help='folder the frames are relative to; default: that of FILE')
+    rows.add_argument('--vocab-size', type=int, default=0, metavar='N',
+                      help='also train a tokenizer of N pieces; default: none')
     for command in (easy, rows):
         command.add_argument('--to', required=True, metavar='DIR', help='folder to write; must not exist yet')
         command.add_argument('--max-bad', type=_fraction, default=0.01, metavar='SHARE',
@@ -44,7 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prepares the sample set; 0 on success. UserError on bad input."""
     progress = functools.partial(tqdm.tqdm, leave=False, disable=None, unit='')
-    manifest = _prepare_easy_vqa(args, progress) if args.source == 'easy-vqa' else _prepare_jsonl(args, progress)
+    prepare = {'easy-vqa': _prepare_easy_vqa, 'jsonl': _prepare_jsonl}[args.source]
+    manifest = prepare(args, progress)
     if args.json:
         print(json.dumps(manifest, ensure_ascii=False))
         return 0
@@ -93,7 +97,8 @@ def _download(requirement: str, name: str) -> str:
     except OSError as error:
         reason = str(error)
     if not file.is_file():
-        raise UserError(f'{requirement} could not be downloaded ({reason}); fetch {name} yourself and give it with --wheel.')
+        raise UserError(f'{requirement} could not be downloaded ({reason}); fetch {name} yourself and '
+                        'give it with --wheel.')
     return str(file)
 
 

@@ -1,7 +1,8 @@
 """Values checked against type annotations.
 
-The configuration loader compares what a user wrote with the annotation of the parameter it is for, before the call.
+The configuration loader compares what a user wrote with the annotation of the parameter, before the call.
 """
+
 import collections.abc
 import difflib
 import types
@@ -17,10 +18,10 @@ def convert(value: Any, hint: Any) -> Any:
 
     Args:
         value: a gin literal or an object that gin built.
-        hint: an annotation, resolved (`typing.get_type_hints`). What cannot be checked (`Any`, protocols) passes.
+        hint: an annotation as `typing.get_type_hints` gives it. What has no check (`Any`, protocols) passes.
 
     Raises:
-        TypeError: the value does not fit; the message is `must be int, got 'x'`, with a suggestion where there is one.
+        TypeError: the value does not fit; the message is `must be int, got 'x'.`, or ends with a suggestion.
     """
     origin, arms = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Annotated:
@@ -41,7 +42,11 @@ def convert(value: Any, hint: Any) -> Any:
     if plain in (dict, collections.abc.Mapping):
         if not isinstance(value, dict):
             raise _mismatch(value, hint)
-        return {convert(k, arms[0]): _convert_element(v, arms[1], k) for k, v in value.items()} if arms else dict(value)
+        return (
+            {convert(k, arms[0]): _convert_element(v, arms[1], k) for k, v in value.items()}
+            if arms
+            else dict(value)
+        )
     if not isinstance(plain, type) or plain is object or getattr(plain, '_is_protocol', False):
         return value
     if plain is float and type(value) is int:
@@ -61,7 +66,7 @@ def fits(value: Any, hint: Any) -> bool:
 
 
 def describe(hint: Any) -> str:
-    """A reader's words for an annotation: `int or None`, `a list of Source`, `one of 'constant', 'cosine'`."""
+    """A reader's words for an annotation: `int or None`, `a list of Source`, `one of 'all', 'vision'`."""
     origin, arms = typing.get_origin(hint), typing.get_args(hint)
     if hint is type(None):
         return 'None'
@@ -87,9 +92,11 @@ def classes(hint: Any) -> set[type]:
 
 
 def did_you_mean(word: str, known: typing.Iterable[str]) -> str:
-    """`; did you mean 'rank'?` for the closest known word, or a full stop."""
+    """`; did you mean 'rank'?` for the closest known word (or one that contains it), or a full stop."""
     known = list(known)
-    close = difflib.get_close_matches(word, known, 1) or [k for k in known if k.lower() == word.lower()]
+    close = difflib.get_close_matches(word, known, 1) or [
+        k for k in known if len(word) > 2 and word.lower() in k.lower()
+    ]
     return f'; did you mean {close[0]!r}?' if close else '.'
 
 

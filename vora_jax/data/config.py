@@ -29,8 +29,8 @@ class Source:
 class ImagePolicy:
     """How a picture is brought to whole patches: at its own aspect ratio, bicubic.
 
-    max_patches, min_patches: limits of rows * columns of patches of one picture. A picture that is already a multiple of
-        the patch size within the limits keeps every pixel.
+    max_patches, min_patches: limits of rows * columns of patches of one picture. A picture that is already a
+        multiple of the patch size within the limits keeps every pixel.
     """
 
     max_patches: int = 1024
@@ -38,8 +38,8 @@ class ImagePolicy:
 
     def __post_init__(self):
         if not 1 <= self.min_patches <= self.max_patches:
-            raise UserError(f'ImagePolicy: min_patches {self.min_patches} and max_patches {self.max_patches} must be '
-                            'at least 1 and in this order.')
+            raise UserError(f'ImagePolicy: min_patches {self.min_patches} and max_patches {self.max_patches} '
+                            'must be at least 1 and in this order.')
 
 
 @dataclasses.dataclass(frozen=True)

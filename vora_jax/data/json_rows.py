@@ -17,8 +17,8 @@ def convert(path: str, image_root: str, folder: pathlib.Path, progress: Callable
             vocab_size: int = 0) -> dict[str, Any]:
     """Writes the good rows to `folder/data.jsonl`, frames as absolute paths; returns the manifest's content.
 
-    A row is bad if it is not in the format of `conversation.check_record`, or a picture is missing or cannot be decoded to
-    its last byte.
+    A row is bad if it is not in the format of `conversation.check_record`, or a picture is missing or cannot
+    be decoded to its last byte.
 
     Args:
         path: the JSON-lines file.
@@ -47,8 +47,8 @@ def convert(path: str, image_root: str, folder: pathlib.Path, progress: Callable
         texts += [text for exchange in exchanges for text in exchange]
     lines = ''.join(json.dumps(record, ensure_ascii=False) + '\n' for record in kept)
     (folder / ROWS).write_text(lines, encoding='utf-8')
-    content = {'source': source(path, image_root, rows.sha256, vocab_size), 'rows': len(rows), 'counts': {'data': len(kept)},
-               'dropped': dropped}
+    content = {'source': source(path, image_root, rows.sha256, vocab_size), 'rows': len(rows),
+               'counts': {'data': len(kept)}, 'dropped': dropped}
     if vocab_size and kept:
         content['vocab_size'] = train_sentencepiece(texts, str(folder / 'tokenizer'), vocab_size).vocab_size
     return content

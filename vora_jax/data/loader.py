@@ -25,7 +25,8 @@ log = logging.getLogger(__name__)
 
 
 class Rows:
-    """The rows of one epoch by number: a random-access source for grain. A row is a pure function of its number.
+    """The rows of one epoch by number: a random-access source for grain. A row is a pure function of its
+    number.
 
     A sample that cannot be used is left out of its row and counted in `bad_samples`; it is logged once.
 
@@ -51,7 +52,8 @@ class Rows:
 
     @property
     def warnings(self) -> list[str]:
-        return list(self._bad.values())
+        with self._lock:
+            return list(self._bad.values())
 
     def __len__(self) -> int:
         return len(self._plan)
@@ -80,8 +82,9 @@ class Rows:
     def _check_limit(self) -> None:
         bad, total = len(self._bad), len(self._samples)
         if bad > self._max_bad * total or bad == total:
-            raise UserError(f'{bad} of {total} samples cannot be used, more than Data.max_bad_fraction = {self._max_bad:g} '
-                            f'allows; repair the data, the first is {next(iter(self._bad.values()))}')
+            raise UserError(f'{bad} of {total} samples cannot be used, more than Data.max_bad_fraction = '
+                            f'{self._max_bad:g} allows; repair the data, the first is '
+                            f'{next(iter(self._bad.values()))}')
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, '_lock': None}
@@ -90,14 +93,35 @@ class Rows:
         self.__dict__.update(state, _lock=threading.Lock())
 
 
+class ShardOrder:
+    """The same rows in the order grain deals them out in, so that shard i gets the i-th block of each batch.
+
+    grain gives shard i the rows i, i + count, ... of a batch. Devices hold contiguous blocks, so that with
+    blocks a global batch has the same rows in the same places for any number of processes.
+    """
+
+    def __init__(self, rows: grain.MapDataset, batch_rows: int, count: int):
+        self._rows, self._batch_rows, self._count = rows, batch_rows, count
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, position: int) -> Batch:
+        batch, place = divmod(position, self._batch_rows)
+        turn, shard = divmod(place, self._count)
+        return self._rows[batch * self._batch_rows + shard * (self._batch_rows // self._count) + turn]
+
+
 class Loader:
     """An endless iterator of this shard's `Batch`es, see `batches`.
 
     Attributes:
-        manifest: sha256 of the sources' content and the tokenizer: equal manifests and `Data` give equal batches.
+        manifest: sha256 of the sources' content and the tokenizer: equal ones and equal `Data` give
+            equal batches.
         num_samples: samples of all sources.
         num_rows: rows of one epoch.
-        warnings: one sentence for each bad sample met so far (with workers: only those found while measuring).
+        warnings: one sentence for each bad sample met so far (with workers: only those found
+            while measuring).
     """
 
     def __init__(self, rows: Rows, iterator: ElasticIterator, manifest: str, num_samples: int):
@@ -127,9 +151,11 @@ class Loader:
         self._iterator.close()
 
 
-def batches(data: Data, rule: VisionTokenRule | None, batch_rows: int, seed: int, shard: tuple[int, int] = (0, 1),
-            workers: int = 0) -> Loader:
-    """Batches of `batch_rows / count` rows: this shard's part of a global batch. Rows are reshuffled every epoch.
+def batches(data: Data, rule: VisionTokenRule | None, batch_rows: int, seed: int,
+            shard: tuple[int, int] = (0, 1), workers: int = 0) -> Loader:
+    """Endless batches of `batch_rows / count` rows, this shard's block of each global batch.
+
+    The rows are packed once and reshuffled every epoch.
 
     Args:
         data: sources, tokenizer, budgets.
@@ -143,18 +169,19 @@ def batches(data: Data, rule: VisionTokenRule | None, batch_rows: int, seed: int
     """
     index, count = shard
     if batch_rows % count:
-        raise UserError(f'Train.batch_rows = {batch_rows} cannot be divided among {count} processes; choose a multiple.')
+        raise UserError(f'Train.batch_rows = {batch_rows} cannot be divided among {count} processes; '
+                        'choose a multiple.')
     samples = Samples(data, rule)
     rows = Rows(samples, data, seed)
-    dataset = grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
-    local = batch_rows // count
+    endless = grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
+    dataset = grain.MapDataset.source(ShardOrder(endless, batch_rows, count))
     options = None
     if workers:
         _mark_flags_parsed()
         options = grain.MultiprocessingOptions(num_workers=workers)
     iterator = ElasticIterator(
         dataset, batch_rows, grain.sharding.ShardOptions(index, count),
-        read_options=grain.ReadOptions(num_threads=2, prefetch_buffer_size=max(4, 4 * local)),
+        read_options=grain.ReadOptions(num_threads=2, prefetch_buffer_size=4),
         multiprocessing_options=options)
     return Loader(rows, iterator, _manifest(samples, data), len(samples))
 

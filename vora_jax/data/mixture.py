@@ -9,8 +9,8 @@ from vora_jax.types import Array
 def epoch_samples(sizes: Sequence[int], weights: Sequence[float], seed: int) -> Array:
     """i64[n] sample numbers of one epoch, counted through all sources in order.
 
-    A source of n samples and weight w gives round(w * n): whole repeats, and a subset drawn from the seed for the rest. A pure
-    function of its arguments.
+    A source of n samples and weight w gives round(w * n): whole repeats, and a subset drawn from the seed for
+    the rest. A pure function of its arguments.
     """
     chosen, offset = [], 0
     for number, (size, weight) in enumerate(zip(sizes, weights)):

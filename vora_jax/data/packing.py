@@ -1,6 +1,7 @@
 """Samples to rows, in plain NumPy.
 
-`plan` decides which samples share a row; `layout` writes one row: slots, shifted targets, key ranges, patches.
+`plan` decides which samples share a row; `layout` writes one row: slots, shifted targets, key ranges,
+patches.
 """
 from typing import NamedTuple, Sequence
 
@@ -11,14 +12,14 @@ from vora_jax.types import TEXT, VISION, Array
 
 
 class Text(NamedTuple):
-    """A run of text. ids: token ids; supervised: whether they are learned (answers and end marks) or only read."""
+    """A run of text. ids: token ids; supervised: learned (answers and end marks), not only read."""
 
     ids: Sequence[int]
     supervised: bool = False
 
 
 class Picture(NamedTuple):
-    """A decoded picture. pixels: u8|f32[rows * cols, patch_dim], patches in reading order; rows, cols: its grid."""
+    """A decoded picture. pixels: u8|f32[rows * cols, patch_dim], in reading order. rows, cols: grid."""
 
     pixels: Array
     rows: int
@@ -26,7 +27,7 @@ class Picture(NamedTuple):
 
 
 class Budgets(NamedTuple):
-    """Static sizes of a row: slots S, patches P (= vision tokens Q), images M; patch_dim 0 means a run without pictures."""
+    """Static sizes of a row: slots S, patches P (= vision tokens Q), images M. patch_dim 0: no pictures."""
 
     slots: int
     patches: int = 0
@@ -38,8 +39,9 @@ class Budgets(NamedTuple):
 def layout(segments: Sequence[Sequence[Text | Picture]], budgets: Budgets, bad_samples: int = 0) -> Batch:
     """One row (a `Batch` without its leading dimension) that holds the segments one after the other.
 
-    Text sees its segment up to itself; a picture's slots see their segment up to the picture's end. A slot's target is the
-    next slot's token where that token is supervised, so the last slot of a question predicts the first of its answer.
+    Text sees its segment up to itself; a picture's slots see their segment up to the picture's end. A slot's
+    target is the next slot's token where that token is supervised, so the last slot of a question predicts
+    the first of its answer.
 
     Example: [[Text([7]), Picture(1 x 2), Text([8], supervised=True)], [Text([9])]] with 6 slots
 
@@ -51,7 +53,8 @@ def layout(segments: Sequence[Sequence[Text | Picture]], budgets: Budgets, bad_s
         key_stop   1 3 3 4 5 0               5  . . . . . .
 
     Raises:
-        ValueError: the segments exceed a budget, or a picture's pixels do not fit its grid or the row's dtype.
+        ValueError: the segments exceed a budget, or a picture's pixels do not fit its grid or the row's
+            dtype.
     """
     num_slots, num_patches, num_images, patch_dim, pixel_dtype = budgets
     if not patch_dim:
@@ -102,23 +105,25 @@ def layout(segments: Sequence[Sequence[Text | Picture]], budgets: Budgets, bad_s
         targets[first:slot - 1] = tokens[first + 1:slot] * learned
         supervised[first:slot] = np.append(learned, False)[:slot - first]
 
+    patches = Patches(pixels, patch_row, patch_col, image_id, grid, patch_start, patch_stop)
     return Batch(
         tokens=tokens, targets=targets, loss_mask=supervised.astype(np.float32), modality=modality,
         key_start=key_start, key_stop=key_stop, positions=positions,
         route_slot=np.arange(num_slots, dtype=np.int32), segment_id=segment_id,
         vision_slot=vision_slot, vision_source=vision_source,
-        patches=Patches(pixels, patch_row, patch_col, image_id, grid, patch_start, patch_stop) if patch_dim else None,
+        patches=patches if patch_dim else None,
         bad_samples=np.asarray(bad_samples, np.int32))
 
 
 def _check_picture(picture: Picture, patches: int, images: int, budgets: Budgets) -> None:
     if patches > budgets.patches or images > budgets.images:
-        raise ValueError(f'{patches} patches of {images} images do not fit into a row of {budgets.patches} patches and '
-                         f'{budgets.images} images.')
+        raise ValueError(f'{patches} patches of {images} images do not fit into a row of {budgets.patches} '
+                         f'patches and {budgets.images} images.')
     expected = (picture.rows * picture.cols, budgets.patch_dim)
     if picture.pixels.shape != expected or picture.pixels.dtype != budgets.pixel_dtype:
-        raise ValueError(f'a picture of {picture.rows} x {picture.cols} patches needs pixels {budgets.pixel_dtype}'
-                         f'{list(expected)}; these are {picture.pixels.dtype}{list(picture.pixels.shape)}.')
+        raise ValueError(f'a picture of {picture.rows} x {picture.cols} patches needs pixels '
+                         f'{budgets.pixel_dtype}{list(expected)}; these are '
+                         f'{picture.pixels.dtype}{list(picture.pixels.shape)}.')
 
 
 def stack(rows: Sequence[Batch]) -> Batch:
@@ -129,11 +134,12 @@ def stack(rows: Sequence[Batch]) -> Batch:
     return Batch(*leaves)._replace(patches=patches)
 
 
-def plan(lengths: Array, budgets: Budgets, seed: int, *, pack: bool = True, max_open: int = 64) -> list[Array]:
+def plan(lengths: Array, budgets: Budgets, seed: int, *, pack: bool = True,
+         max_open: int = 64) -> list[Array]:
     """Rows as arrays of indices into `lengths`; every sample is in exactly one row.
 
-    The samples come in an order drawn from the seed; each goes to the fullest of the open rows that has room, or opens a
-    new one (at most `max_open` are open: the fullest is closed). A pure function of its arguments.
+    The samples come in an order drawn from the seed; each goes to the fullest of the open rows that has room,
+    or opens a new one (at most `max_open` are open: the fullest is closed). A pure function of its arguments.
 
     Args:
         lengths: i64[n, 3] slots, patches and images of each sample.
@@ -146,8 +152,9 @@ def plan(lengths: Array, budgets: Budgets, seed: int, *, pack: bool = True, max_
     """
     lengths = np.asarray(lengths, np.int64).reshape(-1, 3)
     limits = np.array([budgets.slots, budgets.patches, budgets.images])
-    if (lengths > limits).any():
-        raise ValueError(f'sample {int((lengths > limits).any(1).argmax())} is larger than a row of {limits.tolist()}.')
+    too_large = (lengths > limits).any(1)
+    if too_large.any():
+        raise ValueError(f'sample {int(too_large.argmax())} is larger than a row of {limits.tolist()}.')
     order = np.random.default_rng(seed).permutation(len(lengths))
     if not pack:
         return [order[i:i + 1] for i in range(len(order))]

@@ -28,20 +28,22 @@ def find_prepared(to: str, source: dict[str, Any]) -> dict[str, Any] | None:
     advice = 'choose another --to, or remove it first'
     try:
         manifest = json.loads((path / MANIFEST).read_text())
+        if not isinstance(manifest, dict):
+            raise ValueError
     except (OSError, ValueError):
         raise UserError(f'{to} exists but is not a folder that `vora prepare` finished; {advice}.') from None
-    if not isinstance(manifest, dict) or manifest.get('version') != VERSION or manifest.get('source') != source:
+    if (manifest.get('version'), manifest.get('source')) != (VERSION, source):
         raise UserError(f'{to} was prepared from another source or by another version; {advice}.')
     return manifest
 
 
 @contextlib.contextmanager
 def new_folder(to: str) -> Iterator[pathlib.Path]:
-    """A temporary folder beside `to` that takes its place when the block ends without an error, and vanishes otherwise."""
+    """A temporary folder beside `to` that becomes `to` when the block ends well, and vanishes otherwise."""
     target = pathlib.Path(to).absolute()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        folder = pathlib.Path(tempfile.mkdtemp(prefix=f'.{target.name}.', suffix='.partial', dir=target.parent))
+        folder = pathlib.Path(tempfile.mkdtemp('.partial', f'.{target.name}.', target.parent))
     except OSError as error:
         raise UserError(f'{to} cannot be written ({error.strerror}); choose another --to.') from error
     try:
@@ -64,8 +66,8 @@ def finish(folder: pathlib.Path, content: dict[str, Any], max_bad: float) -> dic
     """
     dropped, total = content['dropped'], content['rows']
     if len(dropped) > max_bad * total or len(dropped) == total:
-        raise UserError(f'{len(dropped)} of {total} rows are bad, more than --max-bad {max_bad:g} allows; repair them or raise '
-                        f'the limit, the first is {dropped[0]}.')
+        raise UserError(f'{len(dropped)} of {total} rows are bad, more than --max-bad {max_bad:g} allows; '
+                        f'repair them or raise the limit, the first is {dropped[0]}.')
     files = {}
     images = hashlib.sha256()
     for file in sorted(path for path in folder.rglob('*') if path.is_file()):
@@ -77,5 +79,6 @@ def finish(folder: pathlib.Path, content: dict[str, Any], max_bad: float) -> dic
     if (folder / 'images').is_dir():
         files['images'] = images.hexdigest()
     manifest = {'version': VERSION, **content, 'files': files}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
+    text = json.dumps(manifest, indent=1, ensure_ascii=False)
+    (folder / MANIFEST).write_text(text + '\n', encoding='utf-8')
     return manifest

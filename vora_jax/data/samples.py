@@ -1,7 +1,7 @@
 """Sample numbers to segments.
 
-One place that reads a record, renders it, cuts it to the row budget and decodes its pictures; used both to measure samples
-before packing and to build rows.
+One place that reads a record, renders it, cuts it to the row budget and decodes its pictures; used both to
+measure samples before packing and to build rows.
 """
 import os
 from typing import Any
@@ -38,7 +38,8 @@ class Samples:
         if rule is None:
             self.budgets = Budgets(data.max_slots)
         else:
-            self.budgets = Budgets(data.max_slots, data.max_patches, data.max_images, rule.patch_size ** 2 * 3)
+            patch_dim = rule.patch_size ** 2 * 3
+            self.budgets = Budgets(data.max_slots, data.max_patches, data.max_images, patch_dim)
         limit = min(data.image.max_patches, data.max_patches)
         self._policy = ImagePolicy(limit, min(data.image.min_patches, limit))
 
@@ -46,7 +47,8 @@ class Samples:
         return sum(self.sizes)
 
     def measure(self, number: int) -> tuple[int, int, int]:
-        """(slots, patches, images) of the sample as `segment` will give it; reads only the headers of pictures.
+        """(slots, patches, images) of the sample as `segment` will give it; reads only the headers of
+        pictures.
 
         Raises:
             UserError: the sample cannot be used; one sentence with file, row and reason.
@@ -73,14 +75,15 @@ class Samples:
         where = self._sources[source].where(number)
         turns, frames = render_turns(self._sources[source][number], self._tokenizer, self._template, where)
         if frames and self._rule is None:
-            raise UserError(f'{where}: the sample has frames, but this method and stage read text only; choose other data.')
+            raise UserError(f'{where}: the sample has frames, but this method reads text; use other data.')
         return where, turns, [os.path.join(self._roots[source], frame) for frame in frames]
 
-    def _fit(self, where: str, turns: list[Turn], paths: list[str]) -> tuple[Turn, dict[int, tuple[int, int]]]:
+    def _fit(self, where: str, turns: list[Turn],
+             paths: list[str]) -> tuple[Turn, dict[int, tuple[int, int]]]:
         """The leading turns that fit a row, and the grids of their pictures. Never cuts inside a turn."""
         kept: Turn = []
         grids: dict[int, tuple[int, int]] = {}
-        slots = patches = 0
+        limits, slots, patches = self.budgets, 0, 0
         for turn in turns:
             for piece in turn:
                 if isinstance(piece, Image):
@@ -89,13 +92,13 @@ class Samples:
                     slots, patches = slots + self._num_slots(grid), patches + grid[0] * grid[1]
                 else:
                     slots += len(piece.ids)
-            limits = self.budgets
             if slots > limits.slots or patches > limits.patches or len(grids) > limits.images:
                 break
             kept += turn
         if not kept:
-            raise UserError(f'{where}: the first turn needs {slots} slots, {patches} patches and {len(grids)} images, a row has '
-                            f'{limits.slots}, {limits.patches} and {limits.images}; raise the limits of Data or shorten it.')
+            needed, room = f'{slots} slots, {patches} patches and {len(grids)} images', tuple(limits[:3])
+            raise UserError(f'{where}: the first turn needs {needed}, a row has {room}; raise the limits of Data or '
+                            'shorten the turn.')
         return kept, grids
 
     def _num_slots(self, grid: tuple[int, int]) -> int:

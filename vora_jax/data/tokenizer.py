@@ -53,8 +53,8 @@ def load_tokenizer(folder: str) -> Tokenizer:
     """The tokenizer in the folder; UserError if there is none."""
     file = pathlib.Path(folder) / 'tokenizer.model'
     if not file.is_file():
-        raise UserError(f'{folder} holds no tokenizer.model; give Data.tokenizer the `tokenizer` folder that `vora prepare` '
-                        'wrote.')
+        raise UserError(f'{folder} holds no tokenizer.model; give Data.tokenizer the `tokenizer` folder that '
+                        '`vora prepare` wrote.')
     try:
         return SentencePieceTokenizer(file.read_bytes())
     except RuntimeError as error:
@@ -74,7 +74,8 @@ def train_sentencepiece(texts: Iterable[str], folder: str, vocab_size: int,
                         markers: Sequence[str] = MARKERS) -> SentencePieceTokenizer:
     """Trains a byte-pair model on the texts and writes it to `folder/tokenizer.model`.
 
-    Text survives unchanged: nothing is normalised, no space is put in front, unseen characters become bytes. The same texts
+    Text survives unchanged: nothing is normalised, no space is put in front, unseen characters become bytes.
+        The same texts
     give the same file. The vocabulary may come out smaller than asked if the texts do not support more.
 
     Raises:
@@ -84,7 +85,7 @@ def train_sentencepiece(texts: Iterable[str], folder: str, vocab_size: int,
     # Text is fed without its line breaks: they are the trainer's separators, and become single byte pieces.
     lines = [line for text in texts for line in text.split('\n') if line]
     if not lines:
-        raise UserError(f'there is no text to train the tokenizer of {folder} on; check that the data has conversations.')
+        raise UserError(f'there is no text to train the tokenizer of {folder} on; check the conversations.')
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(lines), model_writer=model, vocab_size=vocab_size, model_type='bpe',
@@ -93,8 +94,8 @@ def train_sentencepiece(texts: Iterable[str], folder: str, vocab_size: int,
             character_coverage=1.0, hard_vocab_limit=False, num_threads=1, shuffle_input_sentence=False,
             max_sentence_length=1 << 20, minloglevel=2)
     except RuntimeError as error:
-        raise UserError(f'a vocabulary of {vocab_size} pieces does not fit the data ({str(error).strip()}); choose another '
-                        '--vocab-size.') from error
+        raise UserError(f'a vocabulary of {vocab_size} pieces does not fit the data ({str(error).strip()}); '
+                        'choose another --vocab-size.') from error
     path = pathlib.Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     (path / 'tokenizer.model').write_bytes(model.getvalue())

@@ -41,16 +41,20 @@ def attention(q, k, v, key_range: KeyRange, *, implementation: Implementation = 
 def reference_attention(q, k, v, key_range: KeyRange):
     """The definition of `attention`, with a dense mask; scores and softmax in f32 (f64 for f64 inputs)."""
     batch, num_queries, num_heads, head_dim = q.shape
-    num_kv_heads = k.shape[2]
+    num_kv_heads, num_keys = k.shape[2], k.shape[1]
     dtype = jnp.promote_types(q.dtype, jnp.float32)
-    grouped = q.reshape(batch, num_queries, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    scores = jnp.einsum('btkgh,bskh->bkgts', grouped, k, preferred_element_type=dtype) * (head_dim**-0.5)
-    mask = dense_mask(key_range, k.shape[1])[:, None, None]
-    scores = jnp.where(mask, scores, -jnp.inf)
-    # An empty range has no maximum: 0 keeps exp(-inf) = 0 and its sum guards the division.
+    # Heads first and a group's queries as rows, [B, K, G * T, H]: plain batched matmuls, which CPUs run twice as fast.
+    grouped = q.reshape(batch, num_queries, num_kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)
+    rows = grouped.reshape(batch, num_kv_heads, -1, head_dim)
+    keys, values = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
+    scores = jnp.matmul(rows, keys, preferred_element_type=dtype) * (head_dim**-0.5)
+    scores = scores.reshape(batch, num_kv_heads, -1, num_queries, num_keys)
+    scores = jnp.where(dense_mask(key_range, num_keys)[:, None, None], scores, -jnp.inf)
+    # An empty range has no maximum: 0 keeps exp(-inf) = 0 and the sum guards the division.
     peak = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
     weights = jnp.exp(scores - jnp.where(jnp.isfinite(peak), peak, 0.0))
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    weights = weights / jnp.where(total > 0, total, 1.0)
-    out = jnp.einsum('bkgts,bskh->btkgh', weights.astype(v.dtype), v, preferred_element_type=dtype)
+    weights = (weights / jnp.where(total > 0, total, 1.0)).astype(v.dtype)
+    out = jnp.matmul(weights.reshape(batch, num_kv_heads, -1, num_keys), values, preferred_element_type=dtype)
+    out = out.reshape(grouped.shape).transpose(0, 3, 1, 2, 4)
     return out.reshape(q.shape).astype(q.dtype)

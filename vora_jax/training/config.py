@@ -4,7 +4,10 @@ Frozen leaf dataclasses (bindable by name) and the root `Train`. Every field is 
 two runs the same run: a resumed run must agree) or *free* (may change between restarts: logged).
 """
 import dataclasses
-from typing import Any, Iterator, Literal
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import flax.linen as nn
 
 from vora_jax.data.config import Data
 from vora_jax.method import Method
@@ -105,8 +108,7 @@ FREE = {
     'Data': ('tokenizer', 'max_bad_fraction'),
     'Source': ('path', 'image_root'),
 }
-# How a module computes, never what: free wherever it occurs. `parent` and `name` are Linen's own.
-FREE_ANYWHERE = ('attend', 'remat', 'attention', 'parent', 'name')
+FREE_ANYWHERE = ('attend', 'remat')  # how a module computes, never what
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,13 +126,11 @@ def differences(old: Any, new: Any, path: str = 'Train', free: bool = False) -> 
     if dataclasses.is_dataclass(old) and type(old) is type(new):
         table = FREE.get(type(old).__name__, ())
         for field in dataclasses.fields(old):
+            if isinstance(old, nn.Module) and field.name in ('parent', 'name'):
+                continue  # Linen's own bookkeeping
             is_free = free or '*' in table or field.name in table or field.name in FREE_ANYWHERE
-            if field.name in ('parent', 'name') and field.name in FREE_ANYWHERE:
-                if not (field.name == 'name' and isinstance(old, Method)):
-                    continue
-            yield from differences(
-                getattr(old, field.name), getattr(new, field.name), f'{path}.{field.name}', is_free
-            )
+            values = getattr(old, field.name), getattr(new, field.name)
+            yield from differences(*values, f'{path}.{field.name}', is_free)
     elif isinstance(old, dict) and isinstance(new, dict) and list(old) == list(new):
         for key in old:
             yield from differences(old[key], new[key], f'{path}[{key!r}]', free)

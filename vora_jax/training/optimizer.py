@@ -6,8 +6,8 @@ import fnmatch
 
 import jax
 import optax
-from flax import traverse_util
 
+from vora_jax.params import flatten, unflatten
 from vora_jax.training.config import Optimizer
 from vora_jax.types import Array, Params, UserError
 
@@ -44,8 +44,8 @@ def create(config: Optimizer, trainable: Params, num_stacked: dict[str, int] | N
         UserError: a pattern of `lr_multipliers` matches no trainable parameter.
     """
     stacked = num_stacked or {}
-    flat = traverse_util.flatten_dict(trainable, sep='/')
-    decays = traverse_util.unflatten_dict({k: v.ndim - stacked.get(k, 0) >= 2 for k, v in flat.items()}, sep='/')
+    flat = flatten(trainable)
+    decays = unflatten({path: leaf.ndim - stacked.get(path, 0) >= 2 for path, leaf in flat.items()})
     parts = [
         optax.scale_by_adam(config.b1, config.b2, config.eps),
         optax.add_decayed_weights(config.weight_decay, mask=decays),
@@ -55,7 +55,7 @@ def create(config: Optimizer, trainable: Params, num_stacked: dict[str, int] | N
         parts.insert(0, optax.clip_by_global_norm(config.clip_norm))
     factors = multipliers(config.lr_multipliers, list(flat))
     if any(factor != 1.0 for factor in factors.values()):
-        parts.append(_scale_each(traverse_util.unflatten_dict(factors, sep='/')))
+        parts.append(_scale_each(unflatten(factors)))
     return optax.chain(*parts)
 
 

@@ -4,16 +4,18 @@ The only file that knows mesh axes. The model names the dimensions of its parame
 says which mesh axes each name is cut over.
 """
 import contextlib
+import functools
 import math
-from typing import Any, Callable, Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import flax.linen as nn
 import jax
-from flax import traverse_util
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from vora_jax.ops import attention as attention_op
+from vora_jax.ops.attention import attention
+from vora_jax.params import flatten
 from vora_jax.training import config as config_lib
 from vora_jax.types import Array, KeyRange, Params, UserError
 
@@ -30,6 +32,7 @@ RULES = (
     ('mlp', 'tensor'),
     ('embed', 'fsdp'),
     ('vision', None),
+    ('pixels', None),
     ('layers', None),
     ('rank', None),
     ('slots', None),
@@ -78,8 +81,8 @@ def param_shardings(boxed: Params, mesh: jax.sharding.Mesh) -> Params:
         UserError: a dimension that its mesh axes do not divide.
     """
     shardings = nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, RULES)
-    shapes = traverse_util.flatten_dict(nn.unbox(boxed), sep='/')
-    for path, sharding in traverse_util.flatten_dict(shardings, sep='/').items():
+    shapes = flatten(nn.unbox(boxed))
+    for path, sharding in flatten(shardings).items():
         for dim, axes in enumerate(sharding.spec):
             axes = (axes,) if isinstance(axes, str) else tuple(axes or ())
             parts = math.prod(mesh.shape[axis] for axis in axes)
@@ -120,28 +123,28 @@ def to_device(tree: Any, sharding: NamedSharding) -> Any:
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), tree)
 
 
-def make_attend(mesh: jax.sharding.Mesh) -> Callable[..., Array] | None:
-    """Attention cut over rows (data, fsdp) and heads (tensor); None where one device needs no cutting.
+def make_attend(mesh: jax.sharding.Mesh) -> Callable[..., Array]:
+    """`ops.attention.attention`, cut over rows (data, fsdp) and heads (tensor) where the mesh has several devices.
 
-    The returned function has the signature of `ops.attention.attention`. Attention mixes slots of one row and one
-    head only, so no shard needs anything of another.
+    Attention mixes slots of one row and one head only, so no shard needs anything of another.
 
     Raises (when called):
         UserError: the key/value heads do not divide over the tensor axis.
     """
     if mesh.size == 1:
-        return None
+        return attention
 
     def attend(q: Array, k: Array, v: Array, keys: KeyRange, **options: Any) -> Array:
         tensor = mesh.shape['tensor']
         if k.shape[2] % tensor:
             raise UserError(f'Mesh.tensor = {tensor} does not divide the {k.shape[2]} key/value heads.')
         heads, slots = P(ROWS, None, 'tensor', None), P(ROWS, None)
-        return jax.shard_map(
-            lambda *args: attention_op.attention(*args, **options),
+        cut = jax.shard_map(
+            functools.partial(attention, **options),
             mesh=mesh,
             in_specs=(heads, heads, heads, KeyRange(slots, slots)),
             out_specs=heads,
-        )(q, k, v, keys)
+        )
+        return cut(q, k, v, keys)
 
     return attend

@@ -1,0 +1,54 @@
+"""What every test runs under: eight fake CPU devices, and compilations kept between runs.
+
+Set before JAX is first imported; subprocesses that tests start inherit all of it.
+"""
+
+import hashlib
+import os
+import pathlib
+import re
+import sys
+import time
+
+_ROOT = pathlib.Path(__file__).parent.parent
+_KEEP_SECONDS = 7 * 24 * 3600
+
+
+def _compilation_cache() -> pathlib.Path:
+    """A folder for this kind of processor, without entries that are a week old.
+
+    Safe on one machine: an entry is the compiled program itself, so results are equal bit for bit; JAX skips one
+    that a killed test left half written, with a warning. Programs for another processor could crash, hence the
+    hash.
+    """
+    information = pathlib.Path('/proc/cpuinfo')
+    text = information.read_text() if information.exists() else ''
+    processor = '\n'.join(
+        sorted(set(re.findall(r'^(?:model name|flags|Features)\s*:.*', text, re.MULTILINE)))
+    )
+    folder = _ROOT / '.pytest_cache' / f'jax_{hashlib.sha256(processor.encode()).hexdigest()[:12]}'
+    for entry in folder.glob('*'):
+        if entry.stat().st_mtime < time.time() - _KEEP_SECONDS:
+            entry.unlink(missing_ok=True)
+    return folder
+
+
+def _set_environment() -> None:
+    sys.path.insert(0, str(_ROOT))  # the checkout comes before an installed copy, here and in subprocesses
+    os.environ['PYTHONPATH'] = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get('PYTHONPATH')]))
+    os.environ['JAX_PLATFORMS'] = 'cpu'
+    flags = os.environ.get('XLA_FLAGS', '')
+    if 'xla_force_host_platform_device_count' not in flags:
+        os.environ['XLA_FLAGS'] = f'{flags} --xla_force_host_platform_device_count=8'.strip()
+    for name, value in {
+        'JAX_COMPILATION_CACHE_DIR': str(_compilation_cache()),
+        'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.2',
+        'OMP_NUM_THREADS': '2',
+        'OPENBLAS_NUM_THREADS': '2',
+        'TOKENIZERS_PARALLELISM': 'false',
+        'HF_HUB_OFFLINE': '1',  # no test reaches for the network
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+_set_environment()

@@ -1,0 +1,99 @@
+"""Questions to prompt rows of one static size."""
+from typing import Iterator, NamedTuple, Sequence
+
+from vora_jax.batch import Batch
+from vora_jax.data.config import Data, ImagePolicy
+from vora_jax.data.conversation import Image, find_template, place, render_prompt
+from vora_jax.data.image import PictureCache, fit_grid, load_picture, read_size
+from vora_jax.data.packing import Budgets, Picture, Text, layout, stack
+from vora_jax.data.samples import CACHE_BYTES
+from vora_jax.data.tokenizer import Tokenizer
+from vora_jax.method import VisionTokenRule
+from vora_jax.types import UserError
+
+MULTIPLE = 8  # rows are rounded up to it, so that similar runs share a compiled program
+
+
+class Prompt(NamedTuple):
+    """A question to answer. images: picture files; where: prefix of error messages, such as file and row, or ''."""
+
+    question: str
+    images: tuple[str, ...] = ()
+    system: str | None = None
+    where: str = ''
+
+
+class PromptRows:
+    """Prompts as right-padded rows, one a row, all of the size of the longest: one compiled program serves them all.
+
+    Attributes:
+        budgets: sizes of a row.
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], data: Data, rule: VisionTokenRule | None, tokenizer: Tokenizer):
+        """Measures the prompts; reads only the headers of their pictures.
+
+        Args:
+            prompts: at least one.
+            data: gives the template and how pictures are resized.
+            rule: slots a picture takes; None for a model without pictures.
+            tokenizer: of the checkpoint.
+        Raises:
+            UserError: a picture cannot be read, the model takes none, or the placeholders do not match.
+        """
+        self._rule, self._cache = rule, PictureCache(CACHE_BYTES)
+        limit = min(data.image.max_patches, data.max_patches)
+        self._policy = ImagePolicy(limit, min(data.image.min_patches, limit))
+        self._prompts, template = prompts, find_template(data.template)
+        self._pieces, grids, sizes = [], {}, []
+        for prompt in prompts:
+            self._pieces.append(_named(prompt.where, render_prompt, prompt.question, len(prompt.images), tokenizer,
+                                       template, prompt.system))
+            for image in prompt.images:
+                if image not in grids:
+                    grids[image] = _named(prompt.where, self._grid, image)
+            sizes.append(self._size(self._pieces[-1], [grids[image] for image in prompt.images]))
+        slots, patches, images = (max(column) for column in zip(*sizes))
+        slots, patches = (-(-max(size, 1) // MULTIPLE) * MULTIPLE for size in (slots, patches))
+        # A model with a front end reads patches even where no prompt has a picture.
+        self.budgets = Budgets(slots, patches, max(images, 1), rule.patch_size ** 2 * 3) if rule else Budgets(slots)
+
+    def __len__(self) -> int:
+        return len(self._prompts)
+
+    def batches(self, batch_rows: int) -> Iterator[Batch]:
+        """Batches of exactly `batch_rows` rows, in order; the last one repeats its last prompt.
+
+        Raises:
+            UserError: a picture cannot be decoded.
+        """
+        for start in range(0, len(self), batch_rows):
+            rows = [self._row(index) for index in range(start, min(start + batch_rows, len(self)))]
+            yield stack(rows + rows[-1:] * (batch_rows - len(rows)))
+
+    def _row(self, index: int) -> Batch:
+        prompt = self._prompts[index]
+        pictures = [_named(prompt.where, self._picture, image) for image in prompt.images]
+        return layout([place(self._pieces[index], pictures)], self.budgets)
+
+    def _size(self, pieces: Sequence[Text | Image], grids: Sequence[tuple[int, int]]) -> tuple[int, int, int]:
+        """(slots, patches, images) of a prompt."""
+        slots = sum(len(piece.ids) for piece in pieces if isinstance(piece, Text))
+        patches = sum(rows * cols for rows, cols in grids)
+        return slots + sum(self._rule.num_tokens(*grid) for grid in grids), patches, len(grids)
+
+    def _grid(self, image: str) -> tuple[int, int]:
+        if self._rule is None:
+            raise UserError(f'this checkpoint is a text-only language model, but it is asked about the image {image}; use a '
+                            'checkpoint of a method that sees, or leave the image out.')
+        return fit_grid(*read_size(image), self._rule.patch_size, self._policy)
+
+    def _picture(self, image: str) -> Picture:
+        return self._cache.get(image, lambda: load_picture(image, self._rule.patch_size, self._policy))
+
+
+def _named(where, function, *arguments):
+    try:
+        return function(*arguments)
+    except UserError as error:
+        raise UserError(f'{where}: {error}' if where else str(error)) from error

@@ -1,0 +1,101 @@
+"""Test questions: reading, choosing, shuffling their pictures."""
+import os
+from typing import NamedTuple, Sequence
+
+import numpy as np
+
+from vora_jax.data.conversation import check_record
+from vora_jax.data.sources import JsonLines
+from vora_jax.evaluation.config import Eval
+from vora_jax.types import UserError
+
+NO_KIND = 'other'
+
+
+class Question(NamedTuple):
+    """One question of a test file.
+
+    id: the record's id, or its row number.    kind: what its score is grouped by.
+    question: text with its `<image>` placeholders.    system: system message of the record, or None.
+    answer: the expected answer.    images: picture files.    where: file and row, for messages.
+    """
+
+    id: str
+    kind: str
+    question: str
+    system: str | None
+    answer: str
+    images: tuple[str, ...]
+    where: str
+
+
+def read_questions(config: Eval) -> list[Question]:
+    """The questions that `config` asks for, in the order of the file.
+
+    Raises:
+        UserError: the file is missing or empty, a row is malformed or has several questions, or `max_per_kind` names a
+            kind that the file does not have.
+    """
+    rows = JsonLines(config.data)
+    root = config.image_root or os.path.dirname(config.data)
+    questions = []
+    for number in range(len(rows)):
+        record, where = rows[number], rows.where(number)
+        system, exchanges, frames = check_record(record, where)
+        if len(exchanges) != 1:
+            raise UserError(f'{where}: the record has {len(exchanges)} questions; an evaluation reads one a row, split it.')
+        question, answer = exchanges[0]
+        images = tuple(os.path.join(root, frame) for frame in frames)
+        questions.append(Question(str(record.get('id', number)), str(record.get('kind', NO_KIND)), question, system,
+                                  answer, images, where))
+    return choose(questions, config)
+
+
+def choose(questions: Sequence[Question], config: Eval) -> list[Question]:
+    """At most `max_per_kind` questions of each kind, drawn from the seed, in their order.
+
+    Raises:
+        UserError: a kind that no question has, or nothing is left.
+    """
+    members: dict[str, list[int]] = {}
+    for index, question in enumerate(questions):
+        members.setdefault(question.kind, []).append(index)
+    for kind, limit in config.max_per_kind:
+        if kind not in members:
+            raise UserError(f'Eval.max_per_kind: {config.data} has no questions of kind {kind!r}; its kinds are '
+                            f'{", ".join(sorted(members))}.')
+        if limit < len(members[kind]):
+            # The generator is the kind's own: limiting one kind never changes the draw of another.
+            rng = np.random.default_rng([config.seed, *kind.encode()])
+            members[kind] = rng.choice(members[kind], limit, replace=False).tolist()
+    kept = sorted(index for indices in members.values() for index in indices)
+    if not kept:
+        raise UserError(f'Eval.max_per_kind leaves no question of {config.data}; raise a limit.')
+    return [questions[index] for index in kept]
+
+
+def shuffle_images(questions: Sequence[Question], seed: int) -> list[Question]:
+    """The same questions, each with pictures of others: a seeded permutation that gives no question one of its own files.
+
+    Raises:
+        UserError: too many questions share a picture for that.
+    """
+    owners = [index for index, question in enumerate(questions) for _ in question.images]
+    files = [image for question in questions for image in question.images]
+    own = [set(questions[owner].images) for owner in owners]
+    rng = np.random.default_rng(seed)
+    places = rng.permutation(len(files))  # slot i shows files[places[i]]
+    for slot in range(len(files)):
+        if files[places[slot]] not in own[slot]:
+            continue
+        for other in rng.permutation(len(files)):
+            if files[places[other]] not in own[slot] and files[places[slot]] not in own[other]:
+                places[[slot, other]] = places[[other, slot]]
+                break
+        else:
+            raise UserError('the blind run cannot give every question another picture, because too many questions share '
+                            'one; evaluate more pictures or leave the blind run out (--no-blind).')
+    shown: list[list[str]] = [[] for _ in questions]
+    for owner, place in zip(owners, places):
+        shown[owner].append(files[place])
+    return [question._replace(images=tuple(images)) for question, images in zip(questions, shown)]

@@ -1,0 +1,127 @@
+"""Scores by free greedy generation."""
+import time
+from typing import Any, Callable, Iterable, NamedTuple, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vora_jax.data.config import Data
+from vora_jax.data.tokenizer import Tokenizer, load_tokenizer
+from vora_jax.evaluation.config import Eval
+from vora_jax.evaluation.prompts import Prompt, PromptRows
+from vora_jax.evaluation.questions import Question, read_questions, shuffle_images
+from vora_jax.llm.generate import greedy
+from vora_jax.method import VisionTokenRule
+from vora_jax.model import VisionLanguageModel
+from vora_jax.types import Params, UserError
+
+Progress = Callable[..., Iterable]
+
+
+class Prediction(NamedTuple):
+    """What the model said to a question; blind, blind_images: its answer to other pictures, None where not asked."""
+
+    question: Question
+    prediction: str
+    correct: bool
+    blind: str | None = None
+    blind_images: tuple[str, ...] = ()
+    blind_correct: bool | None = None
+
+    def row(self) -> dict[str, Any]:
+        """The prediction as a JSON object."""
+        asked = self.question
+        row = {'id': asked.id, 'kind': asked.kind, 'images': list(asked.images), 'question': asked.question,
+               'answer': asked.answer, 'prediction': self.prediction, 'correct': self.correct}
+        if self.blind is not None:
+            row |= {'blind_images': list(self.blind_images), 'blind_prediction': self.blind,
+                    'blind_correct': self.blind_correct}
+        return row
+
+
+def evaluate(model: VisionLanguageModel, params: Params, data: Data, rule: VisionTokenRule | None, config: Eval,
+             progress: Progress = lambda steps, **_: steps) -> tuple[dict[str, Any], list[Prediction]]:
+    """(results, predictions) of a model on the questions of `config`; the same arguments give the same answers.
+
+    Args:
+        model, params: of the stage, full parameters.
+        data: gives tokenizer, template and image policy.
+        rule: the method's; None for a text-only model.
+        config: what to measure. The blind run is left out where no question has a picture.
+        progress: wraps an iterable to show progress; takes `total`, `desc` and `unit`.
+    Returns:
+        results: accuracy, by_kind {kind: accuracy}, num_questions, num_by_kind, blind_accuracy and blind_by_kind with a
+            blind run, seconds, questions_per_second. Accuracies are from 0 to 1.
+    Raises:
+        UserError: see `read_questions`, `shuffle_images`, `PromptRows`.
+    """
+    started = time.perf_counter()
+    questions = read_questions(config)
+    asked = list(questions)
+    if config.blind and any(question.images for question in questions):
+        asked += shuffle_images(questions, config.seed)
+    tokenizer = load_tokenizer(data.tokenizer)
+    prompts = [Prompt(question.question, question.images, question.system, question.where) for question in asked]
+    texts = answer(model, params, PromptRows(prompts, data, rule, tokenizer), tokenizer, batch_rows=config.batch_rows,
+                   max_new_tokens=config.max_new_tokens, progress=progress)
+    predictions = []
+    for index, question in enumerate(questions):
+        prediction = Prediction(question, texts[index], matches(texts[index], question.answer))
+        if len(asked) > len(questions):
+            blind = texts[len(questions) + index]
+            prediction = prediction._replace(blind=blind, blind_images=asked[len(questions) + index].images,
+                                             blind_correct=matches(blind, question.answer))
+        predictions.append(prediction)
+    seconds = time.perf_counter() - started
+    return score(predictions) | {'seconds': seconds, 'questions_per_second': len(asked) / seconds}, predictions
+
+
+def answer(model: VisionLanguageModel, params: Params, rows: PromptRows, tokenizer: Tokenizer, *, batch_rows: int,
+           max_new_tokens: int, progress: Progress = lambda steps, **_: steps) -> list[str]:
+    """The model's greedy answer to each prompt, without its end mark."""
+    if not isinstance(model, VisionLanguageModel):
+        raise UserError(f'a {type(model).__name__} does not generate text; give a checkpoint of a language model.')
+    params = jax.tree.map(jnp.asarray, params)  # to the device once, not with every batch
+    batch_rows = min(batch_rows, len(rows))
+    total = -(-len(rows) // batch_rows)
+    texts: list[str] = []
+    waiting = None
+    for batch in progress(rows.batches(batch_rows), total=total, desc='answers', unit='batch'):
+        dispatched = greedy(model, params, batch, max_new_tokens=max_new_tokens, eos_id=tokenizer.eos_id)
+        if waiting is not None:  # the next batch is laid out while the device works on this one
+            texts += decode_answers(np.asarray(waiting), tokenizer)
+        waiting = dispatched
+    texts += decode_answers(np.asarray(waiting), tokenizer)
+    return texts[:len(rows)]
+
+
+def decode_answers(ids: np.ndarray, tokenizer: Tokenizer) -> list[str]:
+    """The text of each row of `ids: i32[B, T]` before its end mark; ids that the tokenizer does not have are left out."""
+    texts = []
+    for row in ids.tolist():
+        row = row[:row.index(tokenizer.eos_id)] if tokenizer.eos_id in row else row
+        texts.append(tokenizer.decode([token for token in row if token < tokenizer.vocab_size]))
+    return texts
+
+
+def matches(prediction: str, expected: str) -> bool:
+    """Exact match after lower-casing and stripping."""
+    return prediction.strip().lower() == expected.strip().lower()
+
+
+def score(predictions: Sequence[Prediction]) -> dict[str, Any]:
+    """Accuracies over all predictions and by kind, see `evaluate`."""
+    kinds = sorted({prediction.question.kind for prediction in predictions})
+    groups = {kind: [p for p in predictions if p.question.kind == kind] for kind in kinds}
+
+    def accuracy(group, field):
+        return sum(getattr(prediction, field) for prediction in group) / len(group)
+
+    results = {'accuracy': accuracy(predictions, 'correct'),
+               'by_kind': {kind: accuracy(group, 'correct') for kind, group in groups.items()}}
+    if predictions[0].blind is not None:
+        results |= {'blind_accuracy': accuracy(predictions, 'blind_correct'),
+                    'blind_by_kind': {kind: accuracy(group, 'blind_correct') for kind, group in groups.items()}}
+    return results | {'num_questions': len(predictions),
+                      'num_by_kind': {kind: len(group) for kind, group in groups.items()}}

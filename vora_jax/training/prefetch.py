@@ -1,0 +1,60 @@
+"""The next batches, ready on the devices."""
+import queue
+import threading
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from vora_jax.batch import Batch
+from vora_jax.training.sharding import to_device
+
+
+class Ready(NamedTuple):
+    """A batch on the devices, and the position in the data after it."""
+
+    batch: Batch
+    position: dict[str, int]
+
+
+class Prefetch:
+    """Reads a loader ahead in one thread.
+
+    The loader's own position runs ahead of training, so each batch travels with the position after it: the position to
+    save is that of the last batch trained on.
+    """
+
+    def __init__(self, loader: Any, sharding: Any, depth: int = 2):
+        self._loader, self._sharding = loader, sharding
+        self._queue: queue.Queue = queue.Queue(depth)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._read, name='prefetch', daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[Ready]:
+        return self
+
+    def __next__(self) -> Ready:
+        """The next batch; raises what reading it raised."""
+        item = self._queue.get()
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    def close(self) -> None:
+        """Stops the thread; the loader is free again."""
+        self._stop.set()
+        self._thread.join()
+
+    def _read(self) -> None:
+        try:
+            while not self._stop.is_set():
+                batch = next(self._loader)
+                self._put(Ready(to_device(batch, self._sharding), self._loader.get_state()))
+        except BaseException as error:  # handed to the training thread
+            self._put(error)
+
+    def _put(self, item: Any) -> None:
+        while not self._stop.is_set():
+            try:
+                return self._queue.put(item, timeout=0.2)
+            except queue.Full:
+                pass
