@@ -17,9 +17,9 @@ _KEEP_SECONDS = 7 * 24 * 3600
 def _compilation_cache() -> pathlib.Path:
     """A folder for this kind of processor, without entries that are a week old.
 
-    Safe on one machine: an entry is the compiled program itself, so results are equal bit for bit; JAX skips one
-    that a killed test left half written, with a warning. Programs for another processor could crash, hence the
-    hash.
+    Safe on one machine: an entry is the compiled program itself, so results are equal bit for bit. JAX skips
+    one that a killed test left half written, with a warning. Programs for another processor might crash,
+    hence the hash.
     """
     information = pathlib.Path('/proc/cpuinfo')
     text = information.read_text() if information.exists() else ''

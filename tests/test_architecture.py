@@ -1,8 +1,8 @@
 """The architecture rules, read from the syntax trees.
 
 Who may import whom, where foreign libraries and the process's surroundings may be touched, how big files get
-and what nothing is called. Each rule is a function from the files to sentences about violations; the second half
-of this file seeds violations of each kind and expects them to be found.
+and what nothing is called. Each rule is a function from the files to sentences about violations; the second
+half of this file seeds violations of each kind and expects them to be found.
 """
 
 import ast
@@ -164,11 +164,9 @@ def surroundings(files: list[File]) -> list[str]:
 def file_sizes(files: list[File]) -> list[str]:
     found = []
     for file in files:
-        limit = (
-            MAX_KERNEL_LINES
-            if re.fullmatch(r'.*_(tpu|gpu)\.py', file.path.name) and file.unit == 'ops'
-            else MAX_LINES
-        )
+        # A kernel is one piece, and so is a file that an export ships alone.
+        is_whole = re.fullmatch(r'.*/ops/.*_(tpu|gpu)\.py|.*/torch_model/.*', file.path.as_posix())
+        limit = MAX_KERNEL_LINES if is_whole else MAX_LINES
         lines = len(file.text.splitlines())
         if file.path.parts[0] != 'tests' and lines > limit:
             found.append(f'{file.path}: {lines} lines, the limit is {limit}; split it by jobs')
@@ -312,6 +310,7 @@ ALLOWED = [
     ('vora_jax/convert/torch_model/modeling.py', 'import torch'),
     ('vora_jax/cli/gin_config.py', 'import gin, os, sys, argparse\nprint(os.environ, sys.argv)'),
     ('vora_jax/ops/range_attention_gpu.py', '# line\n' * 450),
+    ('vora_jax/convert/torch_model/modeling_b.py', '# line\n' * 450),
     ('vora_jax/__init__.py', ''),
     ('launch/run.py', 'import os\nprint(os.environ)'),
     ('tests/test_a.py', 'import torch\nfrom vora_jax import variants\nvariants.vora()\n' + '# line\n' * 300),

@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from vora_jax.cli import config_build, typed_value
+from vora_jax.cli import signatures, typed_value
 from vora_jax.cli.gin_config import bindables, load
 from vora_jax.method import Method
 
@@ -15,7 +15,7 @@ NAMES = bindables()
 PARAMETERS = [
     (name, parameter, hint, default)
     for name, target in NAMES.items()
-    for parameter, (hint, default, _) in config_build.parameters(target, NAMES).items()
+    for parameter, (hint, default, _) in signatures.parameters(target, NAMES).items()
 ]
 
 TINY = """

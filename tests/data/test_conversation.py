@@ -1,7 +1,16 @@
 """The rules of the record format."""
+
 import pytest
 
-from vora_jax.data.conversation import TEMPLATES, Image, find_template, place, render, render_prompt, render_turns
+from vora_jax.data.conversation import (
+    TEMPLATES,
+    Image,
+    find_template,
+    place,
+    render,
+    render_prompt,
+    render_turns,
+)
 from vora_jax.data.packing import Text
 from vora_jax.types import UserError
 
@@ -41,14 +50,16 @@ def rendered(sample, template='chatml'):
 
 def test_one_question():
     assert rendered(record('<image>\nwhat?', 'blue', frames=['a.png'])) == (
-        '<|im_start|>user\n[0]\nwhat?<|im_end|>\n<|im_start|>assistant\n{blue$}')
+        '<|im_start|>user\n[0]\nwhat?<|im_end|>\n<|im_start|>assistant\n{blue$}'
+    )
 
 
 def test_several_turns_and_images():
     sample = record('a<image>b<image>', 'c', '<image>d', 'e', frames=['1', '2', '3'])
     assert rendered(sample, 'chatml_system') == (
         '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\na[0]b[1]<|im_end|>\n'
-        '<|im_start|>assistant\n{c$}\n<|im_start|>user\n[2]d<|im_end|>\n<|im_start|>assistant\n{e$}')
+        '<|im_start|>assistant\n{c$}\n<|im_start|>user\n[2]d<|im_end|>\n<|im_start|>assistant\n{e$}'
+    )
     turns, frames = render_turns(sample, Letters(), TEMPLATES['chatml'])
     assert len(turns) == 2 and frames == ['1', '2', '3']
 
@@ -57,7 +68,9 @@ def test_a_system_turn_replaces_the_templates():
     sample = record('q', 'a')
     sample['conversations'].insert(0, {'from': 'system', 'value': 'Be brief.'})
     for template in TEMPLATES:
-        assert rendered(sample, template).startswith('<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nq')
+        assert rendered(sample, template).startswith(
+            '<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nq'
+        )
 
 
 def test_missing_placeholders_are_prepended_without_a_line_break():
@@ -65,24 +78,27 @@ def test_missing_placeholders_are_prepended_without_a_line_break():
     assert '<|im_start|>user\n[0][1]what?' in rendered(record('what?', 'x', 'more?', 'y', frames=['a', 'b']))
 
 
-@pytest.mark.parametrize('sample, problem', [
-    ([], 'not a JSON object'),
-    ({'id': 0}, 'conversations is missing or empty'),
-    ({'conversations': []}, 'conversations is missing or empty'),
-    ({'conversations': {'from': 'human'}}, 'conversations is missing or empty'),
-    ({'conversations': ['q', 'a']}, 'a turn of conversations'),
-    ({'conversations': [{'from': 'human', 'value': 3}]}, 'a turn of conversations'),
-    ({'conversations': [{'from': 'system', 'value': 's'}]}, 'roles'),
-    (record('q'), 'roles'),
-    (record('q', 'a', 'q'), 'roles'),
-    (record('q', 'a', roles=('gpt', 'human')), 'roles'),
-    (record('q', 'a', frames='a.png'), 'frames is not a list'),
-    (record('q', 'a', frames=[None]), 'frames is not a list'),
-    (record('<image>q', 'a'), '1 <image> placeholders for 0 frames'),
-    (record('<image><image>q', 'a', frames=['a']), '2 <image> placeholders for 1 frames'),
-    (record('<image>q', 'a', frames=['a', 'b']), '1 <image> placeholders for 2 frames'),
-    (record('q', '<image>a', frames=['a']), 'outside a human turn'),
-])
+@pytest.mark.parametrize(
+    'sample, problem',
+    [
+        ([], 'not a JSON object'),
+        ({'id': 0}, 'conversations is missing or empty'),
+        ({'conversations': []}, 'conversations is missing or empty'),
+        ({'conversations': {'from': 'human'}}, 'conversations is missing or empty'),
+        ({'conversations': ['q', 'a']}, 'a turn of conversations'),
+        ({'conversations': [{'from': 'human', 'value': 3}]}, 'a turn of conversations'),
+        ({'conversations': [{'from': 'system', 'value': 's'}]}, 'roles'),
+        (record('q'), 'roles'),
+        (record('q', 'a', 'q'), 'roles'),
+        (record('q', 'a', roles=('gpt', 'human')), 'roles'),
+        (record('q', 'a', frames='a.png'), 'frames is not a list'),
+        (record('q', 'a', frames=[None]), 'frames is not a list'),
+        (record('<image>q', 'a'), '1 <image> placeholders for 0 frames'),
+        (record('<image><image>q', 'a', frames=['a']), '2 <image> placeholders for 1 frames'),
+        (record('<image>q', 'a', frames=['a', 'b']), '1 <image> placeholders for 2 frames'),
+        (record('q', '<image>a', frames=['a']), 'outside a human turn'),
+    ],
+)
 def test_malformed_records_name_file_row_and_reason(sample, problem):
     with pytest.raises(UserError) as caught:
         render(sample, Letters(), TEMPLATES['chatml'], 'train.jsonl row 7')
@@ -95,7 +111,8 @@ def test_prompt_for_generation():
     # The same pieces as in training, up to the answer.
     assert prompt == render(record('<image>\nwhat?', 'x', frames=['a']), Letters(), TEMPLATES['chatml'])[:-1]
     assert show(render_prompt('hi', 0, Letters(), TEMPLATES['chatml'], system='Be brief.')).startswith(
-        '<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nhi')
+        '<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nhi'
+    )
     with pytest.raises(UserError, match='2 <image> placeholders for 1 images'):
         render_prompt('<image><image>', 1, Letters(), TEMPLATES['chatml'])
 

@@ -1,4 +1,5 @@
 """Rows against an independent double loop, and the plan."""
+
 import numpy as np
 import pytest
 
@@ -38,13 +39,22 @@ def brute_force_mask(slots, size):
 
 def test_key_range_equals_double_loop_on_random_layouts():
     rng = np.random.default_rng(0)
-    seen = {'starts with image': 0, 'ends with image': 0, 'adjacent images': 0, 'packed': 0, 'padded': 0, 'text only': 0}
+    seen = {
+        'starts with image': 0,
+        'ends with image': 0,
+        'adjacent images': 0,
+        'packed': 0,
+        'padded': 0,
+        'text only': 0,
+    }
     keys = np.arange(BUDGETS.slots)
     for trial in range(1000):
         segments = random_segments(rng, BUDGETS, vocab_size=50)
         row = layout(segments, BUDGETS)
         ranges = (row.key_start[:, None] <= keys) & (keys < row.key_stop[:, None])
-        np.testing.assert_array_equal(ranges, brute_force_mask(flat_slots(segments), BUDGETS.slots), err_msg=str(trial))
+        np.testing.assert_array_equal(
+            ranges, brute_force_mask(flat_slots(segments), BUDGETS.slots), err_msg=str(trial)
+        )
         kinds = [[isinstance(part, Picture) for part in segment] for segment in segments]
         seen['starts with image'] += any(kind[0] for kind in kinds)
         seen['ends with image'] += any(kind[-1] for kind in kinds)
@@ -65,7 +75,12 @@ def test_slots_targets_and_patches_equal_a_plain_loop():
         for slot in range(BUDGETS.slots):
             assert row.route_slot[slot] == slot
             if slot >= len(slots):
-                assert (row.modality[slot], row.segment_id[slot], row.tokens[slot], row.loss_mask[slot]) == (PAD, 0, 0, 0)
+                assert (row.modality[slot], row.segment_id[slot], row.tokens[slot], row.loss_mask[slot]) == (
+                    PAD,
+                    0,
+                    0,
+                    0,
+                )
                 assert row.key_start[slot] == row.key_stop[slot]
                 continue
             segment, _, is_text, token, _ = slots[slot]
@@ -82,7 +97,9 @@ def test_slots_targets_and_patches_equal_a_plain_loop():
         for image, part in enumerate(pictures):
             assert tuple(row.patches.grid[image]) == (part.rows, part.cols)
             for place in range(part.rows * part.cols):
-                np.testing.assert_array_equal(row.patches.pixels[row.vision_source[patch]], part.pixels[place])
+                np.testing.assert_array_equal(
+                    row.patches.pixels[row.vision_source[patch]], part.pixels[place]
+                )
                 assert (row.patches.row[patch], row.patches.col[patch]) == divmod(place, part.cols)
                 assert row.patches.image_id[patch] == image
                 assert row.patches.key_start[patch] == patch - place
@@ -90,11 +107,13 @@ def test_slots_targets_and_patches_equal_a_plain_loop():
                 patch += 1
         assert (row.patches.image_id[patch:] == -1).all() and (row.patches.row[patch:] == -1).all()
         assert (row.patches.key_start[patch:] == row.patches.key_stop[patch:]).all()
-        assert not row.patches.pixels[patch:].any() and not row.patches.grid[len(pictures):].any()
+        assert not row.patches.pixels[patch:].any() and not row.patches.grid[len(pictures) :].any()
 
 
 def test_worked_example():
-    row = layout([[Text([7]), picture(1, 2), Text([8], supervised=True)], [Text([9])]], BUDGETS._replace(slots=6))
+    row = layout(
+        [[Text([7]), picture(1, 2), Text([8], supervised=True)], [Text([9])]], BUDGETS._replace(slots=6)
+    )
     assert row.tokens.tolist() == [7, 0, 0, 8, 9, 0]
     assert row.targets.tolist() == [0, 0, 8, 0, 0, 0] and row.loss_mask.tolist() == [0, 0, 1, 0, 0, 0]
     assert row.key_start.tolist() == [0, 0, 0, 0, 4, 0] and row.key_stop.tolist() == [1, 3, 3, 4, 5, 0]
@@ -106,13 +125,16 @@ def test_the_last_slot_of_a_question_predicts_the_first_of_the_answer():
     assert row.targets.tolist() == [0, 3, 4, 0, 0, 0, 0, 0]  # nothing predicts across a border of segments
 
 
-@pytest.mark.parametrize('segments', [
-    [[Text([1] * 41)]],
-    [[picture(5, 5)]],
-    [[picture(1, 1)] * 6],
-    [[Picture(np.zeros((3, 12), np.uint8), 2, 2)]],
-    [[Picture(np.zeros((4, 12), np.float32), 2, 2)]],
-])
+@pytest.mark.parametrize(
+    'segments',
+    [
+        [[Text([1] * 41)]],
+        [[picture(5, 5)]],
+        [[picture(1, 1)] * 6],
+        [[Picture(np.zeros((3, 12), np.uint8), 2, 2)]],
+        [[Picture(np.zeros((4, 12), np.float32), 2, 2)]],
+    ],
+)
 def test_what_does_not_fit_raises(segments):
     with pytest.raises(ValueError):
         layout(segments, BUDGETS)
@@ -129,8 +151,20 @@ def test_stack_keeps_types_and_missing_patches():
     assert text.patches is None and text.vision_slot.shape == (2, 0) and text.bad_samples.shape == (2,)
     batch = fake_batch(3, 32, 16, 4, 50, 4, seed=0)
     types = {name: str(leaf.dtype) for name, leaf in batch._asdict().items() if name not in ('patches',)}
-    assert types.pop('loss_mask') == 'float32' and types.pop('modality') == 'int8' and set(types.values()) == {'int32'}
-    assert [str(leaf.dtype) for leaf in batch.patches] == ['uint8', 'int16', 'int16', 'int32', 'int32', 'int32', 'int32']
+    assert (
+        types.pop('loss_mask') == 'float32'
+        and types.pop('modality') == 'int8'
+        and set(types.values()) == {'int32'}
+    )
+    assert [str(leaf.dtype) for leaf in batch.patches] == [
+        'uint8',
+        'int16',
+        'int16',
+        'int32',
+        'int32',
+        'int32',
+        'int32',
+    ]
     assert batch.patches.pixels.shape == (3, 16, 48) and batch.patches.grid.shape == (3, 4, 2)
 
 
@@ -151,7 +185,9 @@ def test_plan_places_every_sample_once_and_fills_rows():
     assert (totals <= [BUDGETS.slots, BUDGETS.patches, BUDGETS.images]).all()
     assert totals[:, 0].mean() > 0.9 * BUDGETS.slots
     again, other = plan(lengths, BUDGETS, seed=3), plan(lengths, BUDGETS, seed=4)
-    assert [row.tolist() for row in rows] == [row.tolist() for row in again] != [row.tolist() for row in other]
+    assert (
+        [row.tolist() for row in rows] == [row.tolist() for row in again] != [row.tolist() for row in other]
+    )
     assert [len(row) for row in plan(lengths, BUDGETS, seed=3, pack=False)] == [1] * 500
     with pytest.raises(ValueError, match='sample 1 is larger'):
         plan([[1, 0, 0], [41, 0, 0]], BUDGETS, seed=0)

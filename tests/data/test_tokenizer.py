@@ -1,4 +1,5 @@
 """Round trip, determinism, markers."""
+
 import pickle
 
 import pytest
@@ -16,9 +17,21 @@ def folder(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize('text', [
-    '', 'blue', ' blue', '  two  spaces ', '\n', 'a\n\n b\t', 'never seen: Zürich 東京 🙂', '<|im_start|>user\nx<|im_end|>\n',
-    'circle?<image>\ncircle', '▁'.replace('▁', ' ')])
+@pytest.mark.parametrize(
+    'text',
+    [
+        '',
+        'blue',
+        ' blue',
+        '  two  spaces ',
+        '\n',
+        'a\n\n b\t',
+        'never seen: Zürich 東京 🙂',
+        '<|im_start|>user\nx<|im_end|>\n',
+        'circle?<image>\ncircle',
+        '▁'.replace('▁', ' '),
+    ],
+)
 def test_round_trip_is_exact(folder, text):
     tokenizer = load_tokenizer(folder)
     assert tokenizer.decode(tokenizer.encode(text)) == text

@@ -4,30 +4,15 @@ Knows nothing of gin's syntax: `gin_config` reads files and flags into the table
 """
 
 import dataclasses
-import inspect
 import typing
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from vora_jax.cli import typed_value
 from vora_jax.cli.expressions import Binding, Key, Macro, Reference, leaves, map_parts, written
+from vora_jax.cli.signatures import parameters, result
 from vora_jax.cli.typed_value import did_you_mean
 from vora_jax.types import UserError
-
-_MISSING = dataclasses.MISSING
-
-
-class Parameter(NamedTuple):
-    """One parameter of a bindable.
-
-    hint: its annotation.
-    default: `dataclasses.MISSING` if there is none.
-    wired: name of the bindable that is built for it where nothing is bound; '' for none.
-    """
-
-    hint: Any
-    default: Any
-    wired: str
 
 
 def build(root: str, table: Mapping[Key, Binding], names: Mapping[str, Callable]) -> tuple[Any, str]:
@@ -45,38 +30,6 @@ def build(root: str, table: Mapping[Key, Binding], names: Mapping[str, Callable]
     if unused:
         raise UserError(_unused_message(unused, session))
     return config, session.text()
-
-
-def parameters(target: Callable, names: Mapping[str, Callable]) -> dict[str, Parameter]:
-    """What a bindable takes, in the order of its signature."""
-    hints = typing.get_type_hints(target)
-    if dataclasses.is_dataclass(target):
-        defaults = {
-            f.name: f.default if f.default_factory is _MISSING else f.default_factory()
-            for f in dataclasses.fields(target)
-            if f.init
-        }
-    else:
-        defaults = {
-            p.name: _MISSING if p.default is p.empty else p.default
-            for p in inspect.signature(target).parameters.values()
-            if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-        }
-    return {
-        name: Parameter(hints.get(name, Any), default, _wired(hints.get(name, Any), default, names))
-        for name, default in defaults.items()
-    }
-
-
-def _wired(hint: Any, default: Any, names: Mapping[str, Callable]) -> str:
-    wanted = hint if default is _MISSING else type(default)
-    for name, target in names.items():
-        if target is wanted:
-            try:
-                return name if default is _MISSING or default == target() else ''
-            except TypeError:  # has required fields, so the default is not a plain X()
-                return ''
-    return ''
 
 
 def _check_known(key, binding, table, signatures) -> None:
@@ -141,7 +94,7 @@ class _Session:
                     self.call(scope, wired),
                     Reference('', wired, True),
                 )
-            elif default is _MISSING:
+            elif default is dataclasses.MISSING:
                 raise UserError(
                     f'{Key(scope, name, parameter)} has no value; {self.proposal(scope, name, parameter)}'
                 )
@@ -197,7 +150,7 @@ class _Session:
         """What to write where a value is missing."""
         hint = self.signatures[name][parameter].hint
         for other, target in self.names.items():
-            if _result(target) in typed_value.classes(hint):
+            if result(target) in typed_value.classes(hint):
                 one = f'[@{other}()]' if typing.get_origin(hint) in (tuple, list) else f'@{other}()'
                 return f"write for example '{Key(scope, name, parameter)} = {one}'."
         key = Key(scope, name, parameter)
@@ -229,21 +182,21 @@ def _unused_message(unused: list[Key], session: _Session) -> str:
         return f'{where}: the macro {key.name!r} is never used{more}{hint}'
     scopes = [scope for scope, name in session.received if name == key.name]
     if not scopes:
-        result = _result(session.names[key.name])
+        given = result(session.names[key.name])
         places = [
             str(Key(scope, name, p))
             for scope, name in session.received
             for p, parameter in session.signatures[name].items()
-            if result in typed_value.classes(parameter.hint)
+            if given in typed_value.classes(parameter.hint)
         ]
         reference = Reference(key.scope, key.name, True)
-        hint = f"; did you mean to add '{places[0]} = {reference}'?" if places else '; remove it.'
+        hint = (
+            f"; did you mean to add '{places[0]} = {reference}'?"
+            if places
+            else '; remove it or include it only where it counts.'
+        )
         return f'{where}: {key} is never used{more}, because nothing refers to {reference}{hint}'
     if key.scope and key.scope not in scopes:
         hint = did_you_mean(str(key), [str(Key(scope, key.name, key.parameter)) for scope in scopes])
         return f'{where}: {key} is never used{more}, because no reference has the scope {key.scope!r}{hint}'
     return f'{where}: {key} is never used{more}, because each scope of {key.name} sets its own; remove it.'
-
-
-def _result(target: Callable) -> Any:
-    return target if isinstance(target, type) else typing.get_type_hints(target).get('return')

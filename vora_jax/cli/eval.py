@@ -2,7 +2,8 @@
 import argparse
 import functools
 import json
-from typing import Any, Iterable
+from collections.abc import Sequence
+from typing import Any
 
 import tqdm
 
@@ -10,30 +11,30 @@ from vora_jax.cli import gin_config
 from vora_jax.cli.opened_model import open_model
 from vora_jax.evaluation.config import Eval
 from vora_jax.evaluation.report import choose_examples, draw_grid
-from vora_jax.evaluation.tasks import evaluate
+from vora_jax.evaluation.tasks import Prediction, evaluate
 from vora_jax.params import count, partition
 from vora_jax.types import UserError
 
 HELP = """Score a checkpoint: exact match of free greedy answers, lower-cased and stripped.
 
-The column `blind` is the same model with the pictures shuffled between the questions: what the text alone gives.
-CONFIG.gin and the --gin arguments set `Eval` (Eval.data, Eval.batch_rows, ...); the flags below are short for them.
+The column `blind` is the same model with the pictures shuffled between the questions: what the text gives.
+CONFIG.gin and the --gin arguments set `Eval` (Eval.data, Eval.batch_rows, ...); some have a flag below.
 """
-EXAMPLE = 'vora eval runs/finetune --data data/easy_vqa/test.jsonl --max-per-kind yes_no=1000 --grid examples.png'
+EXAMPLE = 'vora eval runs/finetune --data data/easy_vqa/test.jsonl --max-per-kind yes_no=1000 --grid grid.png'
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `vora eval`."""
-    parser.add_argument('checkpoint', metavar='CKPT', help='a workdir (its latest step) or the folder of one step')
+    parser.add_argument('checkpoint', metavar='CKPT', help='a workdir (latest step) or one step in it')
     parser.add_argument('config', metavar='CONFIG.gin', nargs='?', help='a file that sets Eval')
     parser.add_argument('--data', metavar='FILE', help='JSON lines with one question each (Eval.data)')
     parser.add_argument('--max-per-kind', action='append', default=[], type=_kind_limit, metavar='KIND=N',
-                        help='a seeded choice of N questions of this kind; may be repeated (Eval.max_per_kind)')
+                        help='a seeded choice of N questions of a kind; repeatable (Eval.max_per_kind)')
     parser.add_argument('--no-blind', action='store_true', help='leave the blind run out (Eval.blind)')
     parser.add_argument('--json', metavar='FILE', help='write the results as JSON')
     parser.add_argument('--predictions', metavar='FILE', help='write every answer as JSON lines')
     parser.add_argument('--grid', metavar='FILE.png', help='draw examples, right and wrong ones as they are')
-    parser.add_argument('--grid-count', type=int, default=12, metavar='N', help='examples in the grid; default 12')
+    parser.add_argument('--grid-count', type=int, default=12, metavar='N', help='examples in it; default 12')
 
 
 def run(args: argparse.Namespace) -> int:
@@ -43,8 +44,8 @@ def run(args: argparse.Namespace) -> int:
     progress = functools.partial(tqdm.tqdm, leave=False, disable=None)
     results, predictions = evaluate(opened.model, opened.params, opened.data, opened.rule, config, progress)
     trainable, _ = partition(opened.params, opened.stage.trainable)
-    results |= {'total_params': count(opened.params), 'trainable_params': count(trainable), 'step': opened.step,
-                'checkpoint': args.checkpoint, 'data': config.data}
+    results |= {'total_params': count(opened.params), 'trainable_params': count(trainable),
+                'step': opened.step, 'checkpoint': args.checkpoint, 'data': config.data}
     print(table(results))
     if args.json:
         _write(args.json, '--json', json.dumps(results, indent=1) + '\n')
@@ -100,13 +101,13 @@ def _write(path: str, flag: str, text: str) -> None:
         with open(path, 'w', encoding='utf-8') as file:
             file.write(text)
     except OSError as error:
-        raise UserError(f'{flag} {path} cannot be written ({error.strerror}); choose another file.') from error
+        raise UserError(f'{flag} {path} cannot be written ({error.strerror}); give another file.') from error
 
 
-def _draw(path: str, examples: Iterable) -> None:
+def _draw(path: str, examples: Sequence[Prediction]) -> None:
     if not examples:
         raise UserError('--grid: no evaluated question has a picture; leave --grid out.')
     try:
         draw_grid(examples).save(path)
     except (OSError, ValueError) as error:
-        raise UserError(f'--grid {path} cannot be written ({error}); give a .png file in a folder that exists.') from error
+        raise UserError(f'--grid {path} cannot be written ({error}); give another .png file.') from error

@@ -9,18 +9,18 @@ from vora_jax.types import UserError
 
 HELP = """Answer a question about pictures, or about nothing but text, with greedy decoding.
 
-The answer alone goes to standard output. Pictures take the places of `<image>` in the question, in order; a question
-without `<image>` gets them in front.
+The answer alone goes to standard output. Pictures take the places of `<image>` in the question, in order;
+a question without `<image>` gets them in front.
 """
 EXAMPLE = 'vora generate runs/finetune --image shape.png "what color is the shape?"'
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `vora generate`."""
-    parser.add_argument('checkpoint', metavar='CKPT', help='a workdir (its latest step) or the folder of one step')
+    parser.add_argument('checkpoint', metavar='CKPT', help='a workdir (latest step) or one step in it')
     parser.add_argument('question', help='the question')
-    parser.add_argument('--image', action='append', default=[], metavar='FILE', help='a picture; may be repeated')
-    parser.add_argument('--max-new-tokens', type=int, default=64, metavar='N', help='length limit; default 64')
+    parser.add_argument('--image', action='append', default=[], metavar='FILE', help='a picture; repeatable')
+    parser.add_argument('--max-new-tokens', type=int, default=64, metavar='N', help='at most; default 64')
     parser.add_argument('--json', action='store_true', help='print question, images, answer and step as JSON')
 
 
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     text, = answer(opened.model, opened.params, rows, opened.tokenizer, batch_rows=1,
                    max_new_tokens=args.max_new_tokens)
     if args.json:
-        text = json.dumps({'question': args.question, 'images': args.image, 'answer': text, 'step': opened.step},
-                          ensure_ascii=False)
+        row = {'question': args.question, 'images': args.image, 'answer': text, 'step': opened.step}
+        text = json.dumps(row, ensure_ascii=False)
     print(text)
     return 0

@@ -4,12 +4,12 @@ The only module that imports gin, and of gin only its parser: bindings, `@scope/
 blocks and includes are gin's language, but the tables live in one call of `load`, not in gin's process-wide
 registry. So nothing is registered, mutated or left behind, and each mistake is known with its file and line.
 
-Wiring. A parameter whose annotation is a bindable dataclass, or whose default equals a plain `X()`, is built as
-`@X()` unasked, so `--gin.Optimizer.learning_rate=1e-4` works with no file. Everything else that is made of
+Wiring. A parameter whose annotation is a bindable dataclass, or whose default equals a plain `X()`, is built
+as `@X()` unasked, so `--gin.Optimizer.learning_rate=1e-4` works with no file. Everything else that is made of
 bindable pieces is named by the user: `X | None = None`, a tuple of X, a union, a default other than `X()`.
 
-Order. Texts, then files, then command-line bindings; the later wins. A file overrides what it includes; of two
-includes the later wins; a file reached twice by includes counts once. Twice in one file is a mistake.
+Order. Texts, then files, then command-line bindings; the later wins. A file overrides what it includes; of
+two includes the later wins; a file reached twice by includes counts once. Twice in one file is a mistake.
 
 Scopes work as in gin: `@teacher/Vit()` reads `teacher/Vit.x` before `Vit.x`, and so does what it builds.
 """
@@ -33,6 +33,7 @@ def bindables() -> dict[str, Callable]:
     """Everything a .gin file can bind, by name: leaf dataclasses, methods of `variants`, the two roots."""
     from vora_jax import variants  # late: whoever only splits arguments needs no JAX
     from vora_jax.data.config import Data, ImagePolicy, Source
+    from vora_jax.evaluation.config import Eval
     from vora_jax.llm.decoder import LanguageModel
     from vora_jax.training.config import Checkpoint, Mesh, Optimizer, Train
     from vora_jax.vision.patch_embed import PatchEmbed
@@ -44,14 +45,7 @@ def bindables() -> dict[str, Callable]:
         if inspect.isfunction(f) and f.__module__ == variants.__name__ and not name.startswith('_')
     ]
     leaves = [LanguageModel, Vit, PatchEmbed, Source, ImagePolicy, Data, Optimizer, Mesh, Checkpoint]
-    roots = [Train]
-    try:
-        from vora_jax.evaluation.config import Eval
-
-        roots.append(Eval)
-    except ModuleNotFoundError:
-        pass
-    return {bindable.__name__: bindable for bindable in (*leaves, *methods, *roots)}
+    return {bindable.__name__: bindable for bindable in (*leaves, *methods, Train, Eval)}
 
 
 def load(

@@ -12,7 +12,10 @@ from vora_jax.types import Params, UserError
 
 
 class OpenedModel(NamedTuple):
-    """What answering needs of a checkpoint. data: with the checkpoint's own tokenizer; rule: None reads text only."""
+    """What answering needs of a checkpoint.
+
+    params: full.    data: with the checkpoint's own tokenizer folder.    rule: None in a text-only model.
+    """
 
     stage: Stage
     params: Params
@@ -36,8 +39,8 @@ def open_model(path: str) -> OpenedModel:
     config, _ = gin_config.load('Train', texts=[opened.config_text])
     stage = config.method.stage(config.stage)
     if not isinstance(stage.model, VisionLanguageModel):
-        raise UserError(f'{path} holds a {config.method.name}, which does not generate text; give a checkpoint of a '
-                        'language model.')
+        raise UserError(f'{path} holds a {config.method.name}, which does not generate text; give a '
+                        'checkpoint of a language model.')
     data = dataclasses.replace(config.data, tokenizer=str(opened.tokenizer_dir))
-    return OpenedModel(stage, opened.params, data, config.method.vision_tokens, load_tokenizer(data.tokenizer),
-                       opened.step)
+    tokenizer = load_tokenizer(data.tokenizer)
+    return OpenedModel(stage, opened.params, data, config.method.vision_tokens, tokenizer, opened.step)

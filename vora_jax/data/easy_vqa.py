@@ -26,8 +26,8 @@ MAX_TEXT_SAMPLES = 20_000
 # Every way a picture is described in the text-only samples. {c} colour, {s} shape.
 DESCRIPTIONS = (
     'A {c} {s}.', 'There is a {c} {s}.', 'The image contains a {c} {s}.', 'A {s} that is {c}.',
-    'The {s} is {c}.', 'The shape is a {s}. The color is {c}.', 'The color is {c}. The shape is a {s}.', '{s}, {c}',
-    '{c}, {s}', 'The image contains a {s} and its color is {c}.', 'A {c} shape, a {s}.',
+    'The {s} is {c}.', 'The shape is a {s}. The color is {c}.', 'The color is {c}. The shape is a {s}.',
+    '{s}, {c}', '{c}, {s}', 'The image contains a {s} and its color is {c}.', 'A {c} shape, a {s}.',
     'The {c} shape is a {s}.')
 
 

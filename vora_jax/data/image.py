@@ -66,6 +66,10 @@ def decode(path: Any) -> PIL.Image.Image:
     """
     try:
         with PIL.Image.open(path) as image:
+            image.verify()  # a PNG's checksums up to its end mark: `load` is content once it has all pixels
+        if hasattr(path, 'seek'):
+            path.seek(0)
+        with PIL.Image.open(path) as image:
             orientation = _orientation(image)
             image.load()
             if image.mode.startswith('I'):  # 16 and 32 bit grey; Pillow would clip it
@@ -149,7 +153,7 @@ def _orientation(image: PIL.Image.Image) -> int:
 
 
 def _unreadable(path: Any, error: Exception) -> UserError:
-    name = path if isinstance(path, str) else getattr(path, 'name', 'the image')
+    name = getattr(path, 'name', 'in memory') if hasattr(path, 'read') else path
     if isinstance(error, FileNotFoundError):
         return UserError(f'image {name} does not exist; check the frames and the image root.')
     reason = str(error) or type(error).__name__

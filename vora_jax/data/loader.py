@@ -6,13 +6,14 @@ import hashlib
 import json
 import logging
 import threading
+import weakref
 from typing import Any, Iterator
 
 import grain
 import numpy as np
 from grain.experimental import ElasticIterator
 
-from vora_jax.batch import Batch
+from vora_jax.batch import Batch, Patches
 from vora_jax.data.config import Data
 from vora_jax.data.mixture import epoch_samples
 from vora_jax.data.packing import layout, plan
@@ -125,7 +126,9 @@ class Loader:
     """
 
     def __init__(self, rows: Rows, iterator: ElasticIterator, manifest: str, num_samples: int):
-        self._rows, self._iterator = rows, iterator
+        self._rows, self._opened = rows, [iterator]
+        # grain's iterators complain when they are still alive while Python takes its modules down.
+        self._finalizer = weakref.finalize(self, _release, self._opened)
         self.manifest, self.num_samples, self.num_rows = manifest, num_samples, len(rows)
 
     @property
@@ -136,19 +139,29 @@ class Loader:
         return self
 
     def __next__(self) -> Batch:
-        return next(self._iterator)
+        if not self._opened:
+            raise StopIteration
+        batch = next(self._opened[0])
+        # Workers hand over views of shared memory, which must not outlive them.
+        patches = batch.patches and Patches(*map(np.array, batch.patches))
+        return Batch(*map(np.array, batch._replace(patches=0)))._replace(patches=patches)
 
     def get_state(self) -> dict[str, int]:
         """The position after the last batch: plain integers, the same on every shard."""
-        return {name: int(value) for name, value in self._iterator.get_state().items()}
+        return {name: int(value) for name, value in self._opened[0].get_state().items()}
 
     def set_state(self, state: dict[str, int]) -> None:
         """Continues at a position from `get_state`, also of another number of shards or workers."""
-        self._iterator.set_state(dict(state))
+        self._opened[0].set_state(dict(state))
 
     def close(self) -> None:
-        """Stops the reading threads and workers."""
-        self._iterator.close()
+        """Stops the reading threads and workers; there are no more batches."""
+        self._finalizer()
+
+
+def _release(opened: list[ElasticIterator]) -> None:
+    while opened:
+        opened.pop().close()
 
 
 def batches(data: Data, rule: VisionTokenRule | None, batch_rows: int, seed: int,

@@ -61,6 +61,7 @@ def layout(segments: Sequence[Sequence[Text | Picture]], budgets: Budgets, bad_s
         num_patches = num_images = 0
     tokens, targets, key_start, key_stop, positions, segment_id = np.zeros((6, num_slots), np.int32)
     supervised = np.zeros(num_slots, bool)
+    loss_mask = np.zeros(num_slots, np.float32)
     modality = np.zeros(num_slots, np.int8)
     vision_slot = np.full(num_patches, -1, np.int32)
     vision_source = np.zeros(num_patches, np.int32)
@@ -101,13 +102,14 @@ def layout(segments: Sequence[Sequence[Text | Picture]], budgets: Budgets, bad_s
         key_start[first:slot] = first
         positions[first:slot] = np.arange(slot - first)
         segment_id[first:slot] = number
-        learned = supervised[first + 1:slot]
-        targets[first:slot - 1] = tokens[first + 1:slot] * learned
-        supervised[first:slot] = np.append(learned, False)[:slot - first]
+        if slot > first:
+            learned = supervised[first + 1:slot]
+            targets[first:slot - 1] = tokens[first + 1:slot] * learned
+            loss_mask[first:slot - 1] = learned
 
     patches = Patches(pixels, patch_row, patch_col, image_id, grid, patch_start, patch_stop)
     return Batch(
-        tokens=tokens, targets=targets, loss_mask=supervised.astype(np.float32), modality=modality,
+        tokens=tokens, targets=targets, loss_mask=loss_mask, modality=modality,
         key_start=key_start, key_stop=key_stop, positions=positions,
         route_slot=np.arange(num_slots, dtype=np.int32), segment_id=segment_id,
         vision_slot=vision_slot, vision_source=vision_source,

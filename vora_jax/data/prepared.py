@@ -49,7 +49,10 @@ def new_folder(to: str) -> Iterator[pathlib.Path]:
     try:
         folder.chmod(0o755)
         yield folder
-        folder.rename(target)
+        try:
+            folder.rename(target)
+        except OSError as error:
+            raise UserError(f'{to} appeared meanwhile ({error.strerror}); remove it first.') from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -96,9 +96,9 @@ class Samples:
                 break
             kept += turn
         if not kept:
-            needed, room = f'{slots} slots, {patches} patches and {len(grids)} images', tuple(limits[:3])
-            raise UserError(f'{where}: the first turn needs {needed}, a row has {room}; raise the limits of Data or '
-                            'shorten the turn.')
+            needed, room = (slots, patches, len(grids)), tuple(limits[:3])
+            raise UserError(f'{where}: the first turn needs (slots, patches, images) = {needed}, a row has '
+                            f'{room}; raise the limits of Data or shorten the turn.')
         return kept, grids
 
     def _num_slots(self, grid: tuple[int, int]) -> int:

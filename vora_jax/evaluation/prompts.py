@@ -1,5 +1,6 @@
 """Questions to prompt rows of one static size."""
-from typing import Iterator, NamedTuple, Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from vora_jax.batch import Batch
 from vora_jax.data.config import Data, ImagePolicy
@@ -15,7 +16,11 @@ MULTIPLE = 8  # rows are rounded up to it, so that similar runs share a compiled
 
 
 class Prompt(NamedTuple):
-    """A question to answer. images: picture files; where: prefix of error messages, such as file and row, or ''."""
+    """A question to answer.
+
+    images: picture files.    system: system message, or None for the template's.
+    where: file and row, in front of error messages; '' for none.
+    """
 
     question: str
     images: tuple[str, ...] = ()
@@ -24,13 +29,14 @@ class Prompt(NamedTuple):
 
 
 class PromptRows:
-    """Prompts as right-padded rows, one a row, all of the size of the longest: one compiled program serves them all.
+    """Prompts as right-padded rows, one a row, all as long as the longest: one compiled program serves them.
 
     Attributes:
         budgets: sizes of a row.
     """
 
-    def __init__(self, prompts: Sequence[Prompt], data: Data, rule: VisionTokenRule | None, tokenizer: Tokenizer):
+    def __init__(self, prompts: Sequence[Prompt], data: Data, rule: VisionTokenRule | None,
+                 tokenizer: Tokenizer):
         """Measures the prompts; reads only the headers of their pictures.
 
         Args:
@@ -47,8 +53,8 @@ class PromptRows:
         self._prompts, template = prompts, find_template(data.template)
         self._pieces, grids, sizes = [], {}, []
         for prompt in prompts:
-            self._pieces.append(_named(prompt.where, render_prompt, prompt.question, len(prompt.images), tokenizer,
-                                       template, prompt.system))
+            self._pieces.append(_named(prompt.where, render_prompt, prompt.question, len(prompt.images),
+                                       tokenizer, template, prompt.system))
             for image in prompt.images:
                 if image not in grids:
                     grids[image] = _named(prompt.where, self._grid, image)
@@ -56,7 +62,9 @@ class PromptRows:
         slots, patches, images = (max(column) for column in zip(*sizes))
         slots, patches = (-(-max(size, 1) // MULTIPLE) * MULTIPLE for size in (slots, patches))
         # A model with a front end reads patches even where no prompt has a picture.
-        self.budgets = Budgets(slots, patches, max(images, 1), rule.patch_size ** 2 * 3) if rule else Budgets(slots)
+        self.budgets = Budgets(slots)
+        if rule is not None:
+            self.budgets = Budgets(slots, patches, max(images, 1), rule.patch_size ** 2 * 3)
 
     def __len__(self) -> int:
         return len(self._prompts)
@@ -84,8 +92,8 @@ class PromptRows:
 
     def _grid(self, image: str) -> tuple[int, int]:
         if self._rule is None:
-            raise UserError(f'this checkpoint is a text-only language model, but it is asked about the image {image}; use a '
-                            'checkpoint of a method that sees, or leave the image out.')
+            raise UserError(f'this checkpoint is a text-only language model, but it is asked about the image '
+                            f'{image}; use a checkpoint of a method that sees, or leave the image out.')
         return fit_grid(*read_size(image), self._rule.patch_size, self._policy)
 
     def _picture(self, image: str) -> Picture:

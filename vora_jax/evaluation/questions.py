@@ -1,6 +1,7 @@
 """Test questions: reading, choosing, shuffling their pictures."""
 import os
-from typing import NamedTuple, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -33,8 +34,8 @@ def read_questions(config: Eval) -> list[Question]:
     """The questions that `config` asks for, in the order of the file.
 
     Raises:
-        UserError: the file is missing or empty, a row is malformed or has several questions, or `max_per_kind` names a
-            kind that the file does not have.
+        UserError: the file is missing or empty, a row is malformed or has several questions, or
+            `max_per_kind` names a kind that the file does not have.
     """
     rows = JsonLines(config.data)
     root = config.image_root or os.path.dirname(config.data)
@@ -43,11 +44,12 @@ def read_questions(config: Eval) -> list[Question]:
         record, where = rows[number], rows.where(number)
         system, exchanges, frames = check_record(record, where)
         if len(exchanges) != 1:
-            raise UserError(f'{where}: the record has {len(exchanges)} questions; an evaluation reads one a row, split it.')
+            raise UserError(f'{where}: the record has {len(exchanges)} questions; an evaluation reads one a '
+                            'row, split it.')
         question, answer = exchanges[0]
         images = tuple(os.path.join(root, frame) for frame in frames)
-        questions.append(Question(str(record.get('id', number)), str(record.get('kind', NO_KIND)), question, system,
-                                  answer, images, where))
+        name, kind = str(record.get('id', number)), str(record.get('kind', NO_KIND))
+        questions.append(Question(name, kind, question, system, answer, images, where))
     return choose(questions, config)
 
 
@@ -62,8 +64,8 @@ def choose(questions: Sequence[Question], config: Eval) -> list[Question]:
         members.setdefault(question.kind, []).append(index)
     for kind, limit in config.max_per_kind:
         if kind not in members:
-            raise UserError(f'Eval.max_per_kind: {config.data} has no questions of kind {kind!r}; its kinds are '
-                            f'{", ".join(sorted(members))}.')
+            raise UserError(f'Eval.max_per_kind: {config.data} has no questions of kind {kind!r}; its kinds '
+                            f'are {", ".join(sorted(members))}.')
         if limit < len(members[kind]):
             # The generator is the kind's own: limiting one kind never changes the draw of another.
             rng = np.random.default_rng([config.seed, *kind.encode()])
@@ -75,7 +77,9 @@ def choose(questions: Sequence[Question], config: Eval) -> list[Question]:
 
 
 def shuffle_images(questions: Sequence[Question], seed: int) -> list[Question]:
-    """The same questions, each with pictures of others: a seeded permutation that gives no question one of its own files.
+    """The same questions, each with pictures of others.
+
+    A seeded permutation of all pictures that gives no question a file of its own.
 
     Raises:
         UserError: too many questions share a picture for that.
@@ -93,8 +97,8 @@ def shuffle_images(questions: Sequence[Question], seed: int) -> list[Question]:
                 places[[slot, other]] = places[[other, slot]]
                 break
         else:
-            raise UserError('the blind run cannot give every question another picture, because too many questions share '
-                            'one; evaluate more pictures or leave the blind run out (--no-blind).')
+            raise UserError('the blind run cannot give every question another picture, because too many '
+                            'questions share one; evaluate more pictures or leave it out with --no-blind.')
     shown: list[list[str]] = [[] for _ in questions]
     for owner, place in zip(owners, places):
         shown[owner].append(files[place])

@@ -1,6 +1,6 @@
 """A picture grid of questions, answers and predictions."""
 import textwrap
-from typing import Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import PIL.Image
@@ -17,7 +17,7 @@ QUESTION_LINES = 2
 
 
 def choose_examples(predictions: Sequence[Prediction], count: int, seed: int) -> list[Prediction]:
-    """Up to `count` predictions with a picture, drawn from the seed whether right or wrong, kinds in turn."""
+    """Up to `count` predictions with a picture, kinds in turn; drawn from the seed, right or wrong."""
     rng = np.random.default_rng(seed)
     kinds: dict[str, list[Prediction]] = {}
     for index in rng.permutation(len(predictions)):
@@ -30,7 +30,7 @@ def choose_examples(predictions: Sequence[Prediction], count: int, seed: int) ->
 
 
 def draw_grid(predictions: Sequence[Prediction], columns: int = 4) -> PIL.Image.Image:
-    """The predictions as cells: picture, question, expected answer, prediction (green if right, red if wrong)."""
+    """The predictions as cells: picture, question, answer, and what the model said, green or red."""
     columns = max(1, min(columns, len(predictions)))
     rows = -(-len(predictions) // columns)
     height = PICTURE + (QUESTION_LINES + 2) * LINE + 3 * MARGIN
@@ -55,17 +55,22 @@ def _draw_cell(grid, draw, left: int, top: int, prediction: Prediction, font, sm
         draw.text((left + MARGIN, y), line, INK, small)
         y += LINE
     y = top + PICTURE + 2 * MARGIN + QUESTION_LINES * LINE
-    draw.text((left + MARGIN, y), _short(f'answer: {asked.answer}'), INK, font)
     verdict = '' if prediction.correct else '  (wrong)'  # colour alone does not reach everyone
-    draw.text((left + MARGIN, y + LINE), _short(f'model: {prediction.prediction or "(nothing)"}') + verdict, colour, font)
+    said = ' '.join(prediction.prediction.split()) or '(nothing)'
+    draw.text((left + MARGIN, y), _short(f'answer: {asked.answer}', font), INK, font)
+    draw.text((left + MARGIN, y + LINE), _short(f'model: {said}', font, verdict), colour, font)
 
 
 def _fit(picture: PIL.Image.Image) -> PIL.Image.Image:
-    """The picture scaled into the cell; a small one is enlarged without smoothing, to show what the model sees."""
+    """The picture scaled into the cell; a small one is enlarged unsmoothed, as the model sees it."""
     scale = PICTURE / max(picture.size)
     size = tuple(max(1, round(side * scale)) for side in picture.size)
     return picture.resize(size, PIL.Image.Resampling.NEAREST if scale > 1 else PIL.Image.Resampling.LANCZOS)
 
 
-def _short(text: str, limit: int = 24) -> str:
-    return text if len(text) <= limit else text[:limit - 3] + '...'
+def _short(text: str, font, tail: str = '') -> str:
+    """The text, cut so that it and the tail fit the cell."""
+    kept = text
+    while kept and font.getlength(kept + tail) > CELL - 2 * MARGIN:
+        kept = kept[:-4] + '...' if kept.endswith('...') else kept[:-1] + '...'
+    return kept + tail

@@ -1,6 +1,7 @@
 """Scores by free greedy generation."""
 import time
-from typing import Any, Callable, Iterable, NamedTuple, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +15,16 @@ from vora_jax.evaluation.questions import Question, read_questions, shuffle_imag
 from vora_jax.llm.generate import greedy
 from vora_jax.method import VisionTokenRule
 from vora_jax.model import VisionLanguageModel
-from vora_jax.types import Params, UserError
+from vora_jax.types import Params
 
 Progress = Callable[..., Iterable]
 
 
 class Prediction(NamedTuple):
-    """What the model said to a question; blind, blind_images: its answer to other pictures, None where not asked."""
+    """What the model said to a question.
+
+    blind, blind_images, blind_correct: the same with other pictures; None and () where that was not asked.
+    """
 
     question: Question
     prediction: str
@@ -40,9 +44,10 @@ class Prediction(NamedTuple):
         return row
 
 
-def evaluate(model: VisionLanguageModel, params: Params, data: Data, rule: VisionTokenRule | None, config: Eval,
-             progress: Progress = lambda steps, **_: steps) -> tuple[dict[str, Any], list[Prediction]]:
-    """(results, predictions) of a model on the questions of `config`; the same arguments give the same answers.
+def evaluate(model: VisionLanguageModel, params: Params, data: Data, rule: VisionTokenRule | None,
+             config: Eval, progress: Progress = lambda steps, **_: steps,
+             ) -> tuple[dict[str, Any], list[Prediction]]:
+    """(results, predictions) of a model on the questions of `config`; a pure function of its arguments.
 
     Args:
         model, params: of the stage, full parameters.
@@ -51,8 +56,8 @@ def evaluate(model: VisionLanguageModel, params: Params, data: Data, rule: Visio
         config: what to measure. The blind run is left out where no question has a picture.
         progress: wraps an iterable to show progress; takes `total`, `desc` and `unit`.
     Returns:
-        results: accuracy, by_kind {kind: accuracy}, num_questions, num_by_kind, blind_accuracy and blind_by_kind with a
-            blind run, seconds, questions_per_second. Accuracies are from 0 to 1.
+        results: accuracy, by_kind {kind: accuracy}, blind_accuracy and blind_by_kind after a blind run,
+            num_questions, num_by_kind, seconds, questions_per_second. Accuracies are from 0 to 1.
     Raises:
         UserError: see `read_questions`, `shuffle_images`, `PromptRows`.
     """
@@ -62,26 +67,26 @@ def evaluate(model: VisionLanguageModel, params: Params, data: Data, rule: Visio
     if config.blind and any(question.images for question in questions):
         asked += shuffle_images(questions, config.seed)
     tokenizer = load_tokenizer(data.tokenizer)
-    prompts = [Prompt(question.question, question.images, question.system, question.where) for question in asked]
-    texts = answer(model, params, PromptRows(prompts, data, rule, tokenizer), tokenizer, batch_rows=config.batch_rows,
+    prompts = [Prompt(each.question, each.images, each.system, each.where) for each in asked]
+    rows = PromptRows(prompts, data, rule, tokenizer)
+    texts = answer(model, params, rows, tokenizer, batch_rows=config.batch_rows,
                    max_new_tokens=config.max_new_tokens, progress=progress)
     predictions = []
     for index, question in enumerate(questions):
         prediction = Prediction(question, texts[index], matches(texts[index], question.answer))
         if len(asked) > len(questions):
-            blind = texts[len(questions) + index]
-            prediction = prediction._replace(blind=blind, blind_images=asked[len(questions) + index].images,
+            blind, shown = texts[len(questions) + index], asked[len(questions) + index].images
+            prediction = prediction._replace(blind=blind, blind_images=shown,
                                              blind_correct=matches(blind, question.answer))
         predictions.append(prediction)
     seconds = time.perf_counter() - started
-    return score(predictions) | {'seconds': seconds, 'questions_per_second': len(asked) / seconds}, predictions
+    speed = {'seconds': seconds, 'questions_per_second': len(asked) / seconds}
+    return score(predictions) | speed, predictions
 
 
-def answer(model: VisionLanguageModel, params: Params, rows: PromptRows, tokenizer: Tokenizer, *, batch_rows: int,
-           max_new_tokens: int, progress: Progress = lambda steps, **_: steps) -> list[str]:
+def answer(model: VisionLanguageModel, params: Params, rows: PromptRows, tokenizer: Tokenizer, *,
+           batch_rows: int, max_new_tokens: int, progress: Progress = lambda steps, **_: steps) -> list[str]:
     """The model's greedy answer to each prompt, without its end mark."""
-    if not isinstance(model, VisionLanguageModel):
-        raise UserError(f'a {type(model).__name__} does not generate text; give a checkpoint of a language model.')
     params = jax.tree.map(jnp.asarray, params)  # to the device once, not with every batch
     batch_rows = min(batch_rows, len(rows))
     total = -(-len(rows) // batch_rows)
@@ -97,7 +102,7 @@ def answer(model: VisionLanguageModel, params: Params, rows: PromptRows, tokeniz
 
 
 def decode_answers(ids: np.ndarray, tokenizer: Tokenizer) -> list[str]:
-    """The text of each row of `ids: i32[B, T]` before its end mark; ids that the tokenizer does not have are left out."""
+    """The text of each row of `ids: i32[B, T]` before its end mark; ids that no token has are dropped."""
     texts = []
     for row in ids.tolist():
         row = row[:row.index(tokenizer.eos_id)] if tokenizer.eos_id in row else row
@@ -115,13 +120,14 @@ def score(predictions: Sequence[Prediction]) -> dict[str, Any]:
     kinds = sorted({prediction.question.kind for prediction in predictions})
     groups = {kind: [p for p in predictions if p.question.kind == kind] for kind in kinds}
 
-    def accuracy(group, field):
-        return sum(getattr(prediction, field) for prediction in group) / len(group)
+    def accuracies(field, prefix=''):
+        def share(group):
+            return sum(getattr(prediction, field) for prediction in group) / len(group)
+        return {f'{prefix}accuracy': share(predictions),
+                f'{prefix}by_kind': {kind: share(group) for kind, group in groups.items()}}
 
-    results = {'accuracy': accuracy(predictions, 'correct'),
-               'by_kind': {kind: accuracy(group, 'correct') for kind, group in groups.items()}}
+    results = accuracies('correct')
     if predictions[0].blind is not None:
-        results |= {'blind_accuracy': accuracy(predictions, 'blind_correct'),
-                    'blind_by_kind': {kind: accuracy(group, 'blind_correct') for kind, group in groups.items()}}
+        results |= accuracies('blind_correct', 'blind_')
     return results | {'num_questions': len(predictions),
                       'num_by_kind': {kind: len(group) for kind, group in groups.items()}}

@@ -1,5 +1,6 @@
 """The training loop, top to bottom."""
 import collections
+import contextlib
 import dataclasses
 import json
 import logging
@@ -70,7 +71,12 @@ def train(config: Train, config_text: str, workdir: str, parse: Callable[[str], 
         _check_same_data(record, data.manifest, before, config)
         data.set_state(record.data)
 
-    with sharding.use(mesh), Prefetch(data, sharding.rows(mesh)) as batches, stop_request() as stop:
+    with (
+        contextlib.closing(data),
+        contextlib.closing(Prefetch(data, sharding.rows(mesh))) as batches,
+        sharding.use(mesh),
+        stop_request() as stop,
+    ):
         # 3. Model, optimizer and weights: restored, or new.
         ready = next(batches)
         rows = config.batch_rows // config.accumulation
@@ -83,8 +89,8 @@ def train(config: Train, config_text: str, workdir: str, parse: Callable[[str], 
             state, frozen = state_lib.create(plan, config.seed, init_from.take(config.init_from, plan.params))
             record = Record(0, '', writer.save_frozen(frozen), seed=config.seed, manifest=data.manifest)
         record = dataclasses.replace(record, config_text=config_text)
-        sizes = {'trainable_params': count(state.trainable), 'total_params': count(state.trainable) + count(frozen)}
-        log.info('training %s of %s parameters', *(f'{size:,}' for size in sizes.values()))
+        num_trainable, num_frozen = count(state.trainable), count(frozen)
+        log.info('training %s of %s parameters', f'{num_trainable:,}', f'{num_trainable + num_frozen:,}')
 
         # 4. Steps. Nothing here waits for the devices, except to keep the host from running far ahead of them.
         rates = schedule(config.optimizer)
@@ -93,13 +99,14 @@ def train(config: Train, config_text: str, workdir: str, parse: Callable[[str], 
             plan.state_shardings, plan.frozen_shardings, mesh,
         )
         progress = Log(folder, record.step, config.steps)
+        started = time.perf_counter() - record.seconds
         done, pending, in_flight, trouble = record.step, [], collections.deque(), None
-        while not trouble:
+        while done < config.steps and not trouble:
             state, metrics = one_step(state, frozen, ready.batch)
             done, position = done + 1, ready.position
             pending.append(metrics)
             in_flight.append(metrics['loss'])
-            if progress.is_new:
+            if progress.waits_for_first_step:
                 jax.block_until_ready(metrics)
                 progress.start_clock()
             if len(in_flight) > IN_FLIGHT:
@@ -113,25 +120,90 @@ def train(config: Train, config_text: str, workdir: str, parse: Callable[[str], 
                     ready = next(batches)
                 except UserError as error:
                     trouble = error
-            ends = done == config.steps or trouble
 
             # 6. Metrics, and now and then a checkpoint: at the position of the batches trained on, not of those read.
-            saves = ends or done % config.checkpoint.every_steps == 0
+            saves = done == config.steps or trouble or done % config.checkpoint.every_steps == 0
             if saves or done % config.log_every == 0:
                 row, pending = progress.write(done, jax.device_get(pending)), []
                 record = dataclasses.replace(
-                    record, step=done, data=position, seconds=record.seconds + progress.take_seconds(),
+                    record, step=done, data=position, seconds=time.perf_counter() - started,
                     num_samples=record.num_samples + row['num_samples'],
                     bad_samples=record.bad_samples + row['bad_samples'],
                 )
                 trouble = trouble or _too_many_bad(record, config.data.max_bad_fraction, data.num_samples)
-                saves = saves or trouble
-            if saves:
+            if saves or trouble:
                 writer.save(record, state.trainable, state.opt_state)
-            if ends:
-                break
 
-        # 7. The end.
-        writer.wait()
+        # 7. The end: of the run, or of this part of it.
         progress.close()
-    data.close()
+        if jax.process_index() == 0 and done == config.steps:
+            summary = {
+                'steps': done, 'seconds': record.seconds, 'loss': row['loss'],
+                'trainable_params': num_trainable, 'total_params': num_trainable + num_frozen,
+                'tokens_per_second': progress.tokens_per_second, 'pad_fraction': progress.pad_fraction,
+                'num_samples': record.num_samples, 'bad_samples': record.bad_samples,
+            }
+            (folder / 'summary.json').write_text(json.dumps(summary, indent=1) + '\n')
+        writer.wait()
+    if isinstance(trouble, UserError):
+        raise UserError(f'{trouble} Step {done} is saved; the same command resumes there.')
+    if done < config.steps:
+        log.info('stopped by %s: step %d of %d is saved; run the same command to resume.', trouble, done, config.steps)
+    return done == config.steps
+
+
+def _find_last(folder: pathlib.Path) -> Record | None:
+    """The record of the latest good step; the first process looks, all agree."""
+    step = checkpoint.latest_step(folder) if jax.process_index() == 0 else None
+    if jax.process_count() > 1:
+        step = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if step is None else step)))
+        step = None if step < 0 else step
+    if step is None:
+        return None
+    record = checkpoint.read_record(checkpoint.step_folder(folder, step))
+    if record.origin != 'train':
+        raise UserError(f'{folder} holds the result of {record.origin}; give a new --workdir, and --init-from {folder} to '
+                        'start from it.')
+    return record
+
+
+def _check_same_run(record: Record, config: Train, folder: pathlib.Path, parse: Callable[[str], Train]) -> Train:
+    """The configuration that wrote the record; UserError unless `config` continues its run."""
+    before = parse(record.config_text)
+    other = first_difference(before, config)
+    if other:
+        raise UserError(f'{folder} holds another run: {other.path} was {other.old!r} there and is {other.new!r} now; '
+                        'set it back, or give a new --workdir.')
+    for change in differences(before, config):
+        log.info('changed since the last checkpoint: %s from %r to %r', change.path, change.old, change.new)
+    return before
+
+
+def _check_same_data(record: Record, manifest: str, before: Train, config: Train) -> None:
+    """UserError unless the data's content is what the run was started with."""
+    if record.manifest == manifest:
+        return
+    moved = next((change for change in differences(before.data, config.data, 'Train.data') if change.free), None)
+    told = f'{moved.path} was {moved.old!r} and is {moved.new!r}, and' if moved else 'the files of Train.data changed, and'
+    raise UserError(f'{told} the content of samples or tokenizer is not what the run was started with; restore it, or '
+                    'give a new --workdir.')
+
+
+def _restore(plan: state_lib.Plan, record: Record, folder: pathlib.Path) -> tuple[state_lib.State, Params]:
+    shapes = {'trainable': plan.state.trainable, 'optimizer': plan.state.opt_state}
+    parts = checkpoint.restore(checkpoint.step_folder(folder, record.step), shapes)
+    step = jax.jit(lambda: np.int32(record.step), out_shardings=plan.state.step.sharding)()
+    frozen: Params = {}
+    if record.frozen:
+        source = checkpoint.frozen_folder(folder, record.frozen)
+        checkpoint.raise_if_damaged(source)
+        frozen = checkpoint.restore(source, {'frozen': plan.frozen})['frozen']
+    return state_lib.State(step, parts['trainable'], parts['optimizer']), frozen
+
+
+def _too_many_bad(record: Record, max_bad_fraction: float, samples_per_epoch: int) -> UserError | None:
+    """The fraction counts from the start of the run, but a run's first samples are never judged by themselves."""
+    if record.bad_samples <= max_bad_fraction * max(record.num_samples, samples_per_epoch):
+        return None
+    return UserError(f'{record.bad_samples} of {record.num_samples} samples could not be read, more than '
+                     f'Data.max_bad_fraction = {max_bad_fraction:g} allows; repair them (the log names each), or raise it.')

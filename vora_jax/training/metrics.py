@@ -38,7 +38,8 @@ class Log:
 
     def __init__(self, workdir: pathlib.Path, start: int, steps: int):
         self._rates: list[float] = []
-        self._steps, self._untimed, self._since = steps, 0, time.perf_counter()
+        self._pad: list[float] = []
+        self._steps, self._untimed, self._since = steps, 0, None
         self._on = jax.process_index() == 0
         if self._on:
             path = workdir / 'metrics.jsonl'
@@ -53,6 +54,16 @@ class Log:
         """Median over the rows so far; 0 before there is one."""
         return statistics.median(self._rates) if self._rates else 0.0
 
+    @property
+    def pad_fraction(self) -> float:
+        """Mean share of slots that is padding."""
+        return statistics.fmean(self._pad) if self._pad else 0.0
+
+    @property
+    def waits_for_first_step(self) -> bool:
+        """True until `start_clock`."""
+        return self._since is None
+
     def start_clock(self) -> None:
         """Call when the first step is complete: it held the compilation and does not count."""
         self._untimed, self._since = 1, time.perf_counter()
@@ -63,6 +74,7 @@ class Log:
         now = time.perf_counter()
         timed, elapsed = steps[self._untimed:], now - self._since
         self._untimed, self._since = 0, now
+        self._pad += [float(one['pad_fraction']) for one in steps]
         if timed:
             tokens = sum(int(one['num_text_tokens']) + int(one['num_vision_tokens']) for one in timed)
             row['tokens_per_second'] = tokens / elapsed

@@ -81,7 +81,7 @@ def param_shardings(boxed: Params, mesh: jax.sharding.Mesh) -> Params:
         UserError: a dimension that its mesh axes do not divide.
     """
     shardings = nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, RULES)
-    shapes = flatten(nn.unbox(boxed))
+    shapes = flatten(unbox(boxed))
     for path, sharding in flatten(shardings).items():
         for dim, axes in enumerate(sharding.spec):
             axes = (axes,) if isinstance(axes, str) else tuple(axes or ())
@@ -92,6 +92,20 @@ def param_shardings(boxed: Params, mesh: jax.sharding.Mesh) -> Params:
                     f'of {" x ".join(axes)} do not divide; choose a smaller mesh axis.'
                 )
     return shardings
+
+
+def unbox(boxed: Params) -> Params:
+    """The tree without its boxes. (`nn.unbox` also constrains shardings, which shapes cannot bear.)"""
+    return jax.tree.map(lambda x: x.value if _is_box(x) else x, boxed, is_leaf=_is_box)
+
+
+def num_stacked(boxed: Params) -> Params:
+    """How many dimensions of each parameter stack layers."""
+    return jax.tree.map(lambda x: x.names.count('layers') if _is_box(x) else 0, boxed, is_leaf=_is_box)
+
+
+def _is_box(node: Any) -> bool:
+    return isinstance(node, nn.Partitioned)
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:

@@ -5,7 +5,6 @@ Frozen weights live beside it: they have no gradient, no optimizer state and are
 import dataclasses
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -66,7 +65,7 @@ def plan(stage: Stage, config: Optimizer, batch: Batch, mesh: jax.sharding.Mesh,
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
     boxed = jax.eval_shape(model.init, jax.random.key(0), shapes)['params']
     places = flatten(sharding.param_shardings(boxed, mesh))
-    trainable, frozen = partition(nn.unbox(boxed), stage.trainable)
+    trainable, frozen = partition(sharding.unbox(boxed), stage.trainable)
 
     def placed(tree: Params, dtype: Any) -> Params:
         return unflatten({
@@ -74,7 +73,7 @@ def plan(stage: Stage, config: Optimizer, batch: Batch, mesh: jax.sharding.Mesh,
         })
 
     trainable, frozen = placed(trainable, jnp.float32), placed(frozen, jnp.dtype(frozen_dtype))
-    optimizer = optimizer_lib.create(config, trainable, _num_stacked(boxed))
+    optimizer = optimizer_lib.create(config, trainable, flatten(sharding.num_stacked(boxed)))
     opt_state = jax.eval_shape(optimizer.init, trainable)
     opt_places = sharding.like_params(opt_state, trainable, jax.tree.map(lambda s: s.sharding, trainable), mesh)
     opt_state = jax.tree.map(
@@ -91,7 +90,7 @@ def create(plan: Plan, seed: int, taken: dict[str, np.ndarray]) -> tuple[State, 
 
     def initialise(key: Array) -> dict[str, Array]:
         batch = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), plan.batch)
-        params = flatten(nn.unbox(plan.model.init(key, batch)['params']))
+        params = flatten(sharding.unbox(plan.model.init(key, batch)['params']))
         return {path: params[path].astype(shape.dtype) for path, shape in fresh.items()}
 
     places = {path: shape.sharding for path, shape in fresh.items()}
@@ -101,7 +100,7 @@ def create(plan: Plan, seed: int, taken: dict[str, np.ndarray]) -> tuple[State, 
     frozen = jax.tree.map(lambda path: flat[path], _paths(plan.frozen))
     shardings = plan.state_shardings
     opt_state = jax.jit(plan.optimizer.init, out_shardings=shardings.opt_state)(trainable)
-    step = jax.device_put(jnp.int32(0), shardings.step)
+    step = jax.jit(lambda: jnp.int32(0), out_shardings=shardings.step)()
     return State(step, trainable, opt_state), frozen
 
 
@@ -115,13 +114,3 @@ def place(array: np.ndarray, shape: jax.ShapeDtypeStruct) -> jax.Array:
 
 def _paths(tree: Params) -> Params:
     return unflatten({path: path for path in flatten(tree)})
-
-
-def _num_stacked(boxed: Params) -> dict[str, int]:
-    """How many leading dimensions of each parameter stack layers."""
-    boxes = jax.tree.map(
-        lambda box: box.names.count('layers') if isinstance(box, nn.Partitioned) else 0,
-        boxed,
-        is_leaf=lambda node: isinstance(node, nn.Partitioned),
-    )
-    return flatten(boxes)

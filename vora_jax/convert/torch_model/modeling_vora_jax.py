@@ -276,7 +276,7 @@ class VoraJaxForCausalLM(PreTrainedModel, GenerationMixin):
 
 
 def patch_places(image_grid):
-    """(place [P, 2], grid [P, 2], left [P]) of all patches of image_grid [B, M, 2]; left counts a picture's patches from here."""
+    """(place [P, 2], grid [P, 2], left [P]) of all patches of image_grid [B, M, 2]; left: patches to the picture's end."""
     grids = image_grid.flatten(0, 1)
     counts = grids.prod(-1)
     picture = torch.arange(len(grids), device=grids.device).repeat_interleave(counts)
@@ -296,23 +296,24 @@ def to_patches(image, vision):
         image = Image.new('RGBA', above.size, 'white')
         image.alpha_composite(above)
     image, size = image.convert('RGB'), vision['patch_size']
-    rows, cols = fit_grid(image.height / size, image.width / size, vision['min_patches'], vision['max_patches'])
+    rows, cols = fit_grid(image.height, image.width, size, vision['min_patches'], vision['max_patches'])
     if image.size != (cols * size, rows * size):
         image = image.resize((cols * size, rows * size), Image.Resampling.BICUBIC)
     patches = np.array(image).reshape(rows, size, cols, size, 3).transpose(0, 2, 1, 3, 4)
     return torch.from_numpy(patches.reshape(rows * cols, -1).copy()), (rows, cols)
 
 
-def fit_grid(height, width, least, most):
-    """(rows, cols) of patches, least to most in all, for a picture whose sides are given in patches."""
-    rows, cols = max(1, round(height)), max(1, round(width))
+def fit_grid(height, width, size, least, most):
+    """(rows, cols): least to most patches of `size` pixels for a picture of these pixels, near its aspect ratio."""
+    rows, cols = max(1, round(height / size)), max(1, round(width / size))
+    area = height * width / size**2
     if rows * cols > most:
-        shrink = math.sqrt(most / (height * width))
-        rows, cols = (max(1, math.floor(side * shrink)) for side in (height, width))
+        shrink = math.sqrt(most / area)
+        rows, cols = (max(1, math.floor(side / size * shrink)) for side in (height, width))
         rows, cols = min(rows, most // min(cols, most)), min(cols, most)  # a strip stuck at one patch on one side
     elif rows * cols < least:
-        grow = math.sqrt(least / (height * width))
-        rows, cols = (math.ceil(side * grow) for side in (height, width))
+        grow = math.sqrt(least / area)
+        rows, cols = (math.ceil(side / size * grow) for side in (height, width))
         if rows * cols > most:
             rows, cols = min(rows, most), max(1, most // min(rows, most))
     return rows, cols

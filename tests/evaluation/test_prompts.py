@@ -1,0 +1,61 @@
+"""Prompts as rows of one static size."""
+import numpy as np
+import pytest
+import tiny_pictures
+
+from vora_jax.data.tokenizer import load_tokenizer
+from vora_jax.evaluation.prompts import Prompt, PromptRows
+from vora_jax.types import PAD, TEXT, VISION, UserError
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    return tiny_pictures.make(tmp_path_factory.mktemp('pictures'))
+
+
+@pytest.fixture(scope='module')
+def make_rows(folder):
+    config, _ = tiny_pictures.config(folder)
+    tokenizer = load_tokenizer(config.data.tokenizer)
+
+    def make(*prompts, rule=config.method.vision_tokens):
+        return PromptRows(prompts, config.data, rule, tokenizer)
+    return make
+
+
+def test_rows_have_one_size_and_end_with_the_assistant_marker(make_rows, folder):
+    picture = str(folder / 'images/1.png')  # 16 x 24 pixels: 3 x 2 patches
+    rows = make_rows(Prompt('what color?'), Prompt('<image>\nis it red?', (picture,)), Prompt('red?', (picture,)))
+    first, second = rows.batches(2)
+    assert first.tokens.shape == second.tokens.shape and first.tokens.shape[1] % 8 == 0
+    assert first.patches.pixels.shape[1] == 8
+    np.testing.assert_array_equal((first.modality == VISION).sum(1), [0, 6])
+    np.testing.assert_array_equal(second.tokens[0], second.tokens[1])  # the last prompt fills the last batch
+    tokenizer = load_tokenizer(str(folder / 'tokenizer'))
+    length = (first.modality != PAD).sum(1)
+    for row in range(2):
+        assert (first.modality[row, length[row]:] == PAD).all()
+        text = first.tokens[row][first.modality[row] == TEXT]
+        assert tokenizer.decode(text).endswith('<|im_start|>assistant\n')
+
+
+def test_a_model_without_pictures_gets_rows_without_patches(make_rows):
+    batch, = make_rows(Prompt('what color?'), rule=None).batches(1)
+    assert batch.patches is None
+
+
+def test_a_text_only_model_refuses_pictures(make_rows, folder):
+    with pytest.raises(UserError, match='text-only language model, but it is asked about the image .*0.png'):
+        make_rows(Prompt('what?', (str(folder / 'images/0.png'),)), rule=None)
+
+
+def test_mistakes_name_the_row(make_rows, folder):
+    with pytest.raises(UserError, match='^row 7: image gone.png does not exist'):
+        make_rows(Prompt('what?', ('gone.png',), where='row 7'))
+    with pytest.raises(UserError, match='^row 7: the question has 2 <image> placeholders for 1 images'):
+        make_rows(Prompt('<image><image>?', (str(folder / 'images/0.png'),), where='row 7'))
+    broken = folder / 'broken.png'
+    broken.write_bytes((folder / 'images/0.png').read_bytes()[:-20])
+    rows = make_rows(Prompt('what?', (str(broken),), where='row 7'))
+    with pytest.raises(UserError, match='^row 7: image .*broken.png cannot be read'):
+        list(rows.batches(1))

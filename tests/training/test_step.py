@@ -1,0 +1,111 @@
+"""Gradients, accumulation, freezing, meshes."""
+import jax
+import numpy as np
+import optax
+import pytest
+import toy
+
+from vora_jax.params import flatten
+
+
+def host(tree):
+    return {path: np.asarray(leaf) for path, leaf in flatten(tree).items()}
+
+
+def test_accumulation_gives_the_gradient_of_the_whole_batch():
+    stage, batch = toy.vora().stage('pretrain'), toy.batch(1)
+    results = []
+    for accumulation in (1, 2, 4):
+        _, state, frozen, step = toy.start(stage, batch, accumulation=accumulation, optimizer=optax.sgd(1.0))
+        before = host(state.trainable)
+        after, metrics = step(state, frozen, batch)
+        after = host(after.trainable)
+        results.append(({path: after[path] - before[path] for path in after}, jax.device_get(metrics)))
+    whole, expected = results[0]
+    assert any(np.abs(gradient).max() > 1e-3 for gradient in whole.values())
+    for gradients, metrics in results[1:]:
+        for path, gradient in gradients.items():
+            np.testing.assert_allclose(gradient, whole[path], atol=1e-6, err_msg=path)
+        for name, value in metrics.items():
+            np.testing.assert_allclose(value, expected[name], rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_frozen_leaves_have_no_state_and_do_not_change():
+    stage, batch = toy.vora().stage('pretrain'), toy.batch(2)
+    _, state, frozen, step = toy.start(stage, batch)
+    trainable, before = host(state.trainable), host(frozen)
+    assert trainable.keys().isdisjoint(before) and any(path.startswith('teacher/') for path in before)
+    moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
+    assert sum(leaf.size for leaf in moments) == 2 * sum(leaf.size for leaf in trainable.values())
+    state, _ = step(state, frozen, batch)
+    after = host(state.trainable)
+    assert all((after[path] != trainable[path]).any() for path in after)
+    assert all((value == before[path]).all() for path, value in host(frozen).items())
+    assert int(state.step) == 1
+
+
+def test_a_batch_without_pictures_has_no_distillation_loss_and_no_nan():
+    stage, batch = toy.vora().stage('pretrain'), toy.batch(3)
+    patches = jax.tree.map(np.zeros_like, batch.patches)
+    patches = patches._replace(**{name: np.full_like(getattr(patches, name), -1) for name in ('row', 'col', 'image_id')})
+    text = toy.batch(3, text_only=True)
+    empty = np.full_like(batch.vision_slot, -1)
+    batch = text._replace(patches=patches, vision_slot=empty, vision_source=np.zeros_like(empty))
+    _, state, frozen, step = toy.start(stage, batch)
+    state, metrics = step(state, frozen, batch)
+    assert metrics['distill_loss'] == 0 and metrics['num_vision_tokens'] == 0
+    assert metrics['distill_layers'].shape == (2,)
+    assert np.isfinite(metrics['loss']) and metrics['loss'] == metrics['lm_loss']
+    assert all(np.isfinite(leaf).all() for leaf in host(state.trainable).values())
+
+
+def test_metrics_count_what_the_batch_holds():
+    batch = toy.batch(4)
+    _, state, frozen, step = toy.start(toy.vora().stage('pretrain'), batch)
+    _, metrics = step(state, frozen, batch)
+    assert metrics['num_vision_tokens'] == (batch.modality == 2).sum()
+    assert metrics['num_text_tokens'] == (batch.modality == 1).sum()
+    assert metrics['num_target_tokens'] == (batch.loss_mask > 0).sum()
+    assert metrics['num_samples'] == batch.segment_id.max(axis=1).sum()
+    np.testing.assert_allclose(metrics['pad_fraction'], (batch.segment_id == 0).mean(), rtol=1e-6)
+    np.testing.assert_allclose(metrics['loss'], metrics['lm_loss'] + metrics['distill_loss'], rtol=1e-6)
+    np.testing.assert_allclose(metrics['distill_layers'].mean(), metrics['distill_loss'], rtol=1e-6)
+
+
+def test_dropout_differs_between_steps_and_repeats_between_runs():
+    stage, batch = toy.vora(dropout=0.5).stage('pretrain'), toy.batch(5)
+    losses = []
+    for _ in range(2):
+        _, state, frozen, step = toy.start(stage, batch, optimizer=optax.sgd(0.0))
+        for _ in range(2):
+            state, metrics = step(state, frozen, batch)
+            losses.append(float(metrics['loss']))
+    assert losses[:2] == losses[2:] and losses[0] != losses[1]
+
+
+@pytest.fixture(scope='module')
+def on_one_device():
+    return run_two_steps((1, 1, 1))
+
+
+def run_two_steps(sizes):
+    batch = toy.batch(6)
+    # Uneven masks: some rows have many targets, one has none at all.
+    mask = batch.loss_mask * (np.arange(8) % 3 == 0)[:, None]
+    batch = batch._replace(loss_mask=mask.astype(np.float32))
+    _, state, frozen, step = toy.start(toy.vora().stage('pretrain'), batch, sizes, optimizer=optax.sgd(0.1))
+    rows = []
+    for _ in range(2):
+        state, metrics = step(state, frozen, batch)
+        rows.append(jax.device_get(metrics))
+    return rows, host(state.trainable)
+
+
+@pytest.mark.parametrize('sizes', [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
+def test_every_mesh_gives_the_same_losses(sizes, on_one_device):
+    rows, params = run_two_steps(sizes)
+    for row, expected in zip(rows, on_one_device[0], strict=True):
+        for name, value in expected.items():
+            np.testing.assert_allclose(row[name], value, rtol=1e-5, atol=1e-5, err_msg=name)
+    for path, value in on_one_device[1].items():
+        np.testing.assert_allclose(params[path], value, atol=1e-5, err_msg=path)

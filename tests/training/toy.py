@@ -1,0 +1,113 @@
+"""Debug-size methods, batches, runs on disk."""
+import functools
+import json
+import pathlib
+import random
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from vora_jax import variants
+from vora_jax.batch import Batch
+from vora_jax.data.config import Data, ImagePolicy, Source
+from vora_jax.data.fake import fake_batch
+from vora_jax.data.tokenizer import train_sentencepiece
+from vora_jax.llm.decoder import LanguageModel
+from vora_jax.method import Method, Stage
+from vora_jax.params import flatten
+from vora_jax.training import sharding, state
+from vora_jax.training.config import Mesh, Optimizer
+from vora_jax.training.step import compile_step, make_step
+from vora_jax.vision.patch_embed import PatchEmbed
+from vora_jax.vision.vit import Vit
+
+VOCAB = 320
+LLM = LanguageModel(VOCAB, num_layers=3, width=16, mlp_width=32, num_heads=4, num_kv_heads=2, head_dim=4)
+EMBED = PatchEmbed(patch_size=4, width=8, table_rows=4, table_cols=4)
+VIT = Vit(EMBED, num_layers=2, mlp_width=16, num_heads=2)
+
+
+def vora(dropout: float = 0.0) -> Method:
+    return variants.vora(LLM, EMBED, VIT, rank=2, num_adapted_layers=2, dropout=dropout)
+
+
+def batch(seed: int = 0, rows: int = 8, text_only: bool = False) -> Batch:
+    return fake_batch(rows, 32, 16, 4, VOCAB, 3, seed, text_only)
+
+
+def start(stage: Stage, on: Batch, sizes: tuple[int, int, int] = (1, 1, 1), accumulation: int = 1, seed: int = 0,
+          optimizer: optax.GradientTransformation | None = None, rate: float = 1e-2):
+    """(plan, state, frozen, step) of a stage on `sizes` devices; adapters are randomised, so that all paths carry.
+
+    With `optimizer` (of gradients alone, such as `optax.sgd(1.0)`) the change of the parameters shows the gradients.
+    """
+    mesh = sharding.make_mesh(Mesh(*sizes), jax.devices()[: sizes[0] * sizes[1] * sizes[2]])
+    micro = jax.tree.map(lambda x: x[: x.shape[0] // accumulation], on)
+    with sharding.use(mesh):
+        plan = state.plan(stage, Optimizer(rate), micro, mesh, 'float32')
+        new, frozen = state.create(plan, seed, {})
+        new = new._replace(trainable=jax.jit(_randomise)(new.trainable))
+        if optimizer is not None:
+            plan = state.dataclasses.replace(plan, optimizer=optimizer)
+            new = new._replace(opt_state=optimizer.init(new.trainable))
+        rates = optax.constant_schedule(rate)
+        one = make_step(plan.model, plan.optimizer, rates, stage.distill_weight, accumulation, seed)
+        places = jax.tree.map(lambda x: x.sharding, new)
+        compiled = compile_step(one, places, plan.frozen_shardings, mesh)
+
+    def step(now, frozen, values):
+        with sharding.use(mesh):
+            return compiled(now, frozen, sharding.to_device(values, sharding.rows(mesh)))
+
+    return plan, new, frozen, step
+
+
+def _randomise(trainable):
+    """Random where it would be zero (LoRA's b); the same on every mesh."""
+    flat = flatten(trainable)
+    keys = jax.random.split(jax.random.key(7), len(flat))
+    noise = {path: 0.05 * jax.random.normal(key, flat[path].shape) for key, path in zip(keys, sorted(flat), strict=True)}
+    return jax.tree.map(jnp.add, trainable, state.unflatten(noise))
+
+
+@functools.cache
+def questions() -> tuple[dict, ...]:
+    pick = random.Random(0)
+    words = 'red blue green circle square what is the colour of shape yes no a'.split()
+    return tuple(
+        {'id': str(i), 'frames': [], 'conversations': [
+            {'from': 'human', 'value': ' '.join(pick.choices(words, k=5))},
+            {'from': 'gpt', 'value': pick.choice(words)},
+        ]}
+        for i in range(60)
+    )
+
+
+def write_text_run(folder: pathlib.Path, **train: str) -> pathlib.Path:
+    """A .gin file for a text-only language model of 40,000 parameters, with its data and tokenizer."""
+    rows = questions()
+    (folder / 'data.jsonl').write_text('\n'.join(json.dumps(row) for row in rows))
+    texts = [turn['value'] for row in rows for turn in row['conversations']]
+    train_sentencepiece(texts, str(folder / 'tokenizer'), VOCAB)
+    settings = {
+        'LanguageModel.vocab_size': VOCAB, 'LanguageModel.num_layers': 2, 'LanguageModel.width': 16,
+        'LanguageModel.mlp_width': 32, 'LanguageModel.num_heads': 2, 'LanguageModel.num_kv_heads': 1,
+        'LanguageModel.head_dim': 8, 'Train.method': '@language_model()', 'Train.stage': "'pretrain'",
+        'Source.path': repr(str(folder / 'data.jsonl')), 'Data.sources': '(@Source(),)',
+        'Data.tokenizer': repr(str(folder / 'tokenizer')), 'Data.max_slots': 64, 'Train.steps': 30,
+        'Train.batch_rows': 4, 'Train.log_every': 5, 'Checkpoint.every_steps': 5, 'Optimizer.learning_rate': 0.01,
+    } | train
+    path = folder / 'run.gin'
+    path.write_text('\n'.join(f'{name} = {value}' for name, value in settings.items()) + '\n')
+    return path
+
+
+def text_data(folder: pathlib.Path) -> Data:
+    return Data((Source(str(folder / 'data.jsonl')),), str(folder / 'tokenizer'), max_slots=64, image=ImagePolicy())
+
+
+def narrow() -> Stage:
+    """A stage whose MLP is 6 wide, which 4 devices do not divide."""
+    llm = state.dataclasses.replace(LLM, mlp_width=6)
+    return variants.language_model(llm).stage('pretrain')
