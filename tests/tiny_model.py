@@ -4,6 +4,7 @@ import functools
 import flax.linen as nn
 import jax
 import numpy as np
+import pytest
 
 from vora_jax import variants
 from vora_jax.data.fake import fake_batch
@@ -19,20 +20,26 @@ LLM = LanguageModel(VOCAB, num_layers=4, width=16, mlp_width=24, num_heads=4, nu
                     qkv_bias=True)
 
 
-@functools.cache
+@pytest.fixture(autouse=True)
+def strict():
+    """No silent promotion of dtypes or ranks, for every test of a module that imports this name."""
+    with jax.numpy_dtype_promotion('strict'), jax.numpy_rank_promotion('raise'):
+        yield
+
+
 def vora(**changes):
-    """The method on a tiny model: 3 of 4 layers adapted, 2 of them distilled."""
-    options = {'llm': LLM, 'patch_embed': PATCH, 'teacher': TEACHER, 'rank': 4, 'num_adapted_layers': 3}
+    """The method on a tiny model: 2 of 4 layers are adapted and distilled."""
+    options = {'llm': LLM, 'patch_embed': PATCH, 'teacher': TEACHER, 'rank': 4, 'num_adapted_layers': 2}
     return variants.vora(**options | changes)
 
 
-def batch(seed=0, rows=3, slots=40, patches=24, text_only=False):
+def batch(seed=1, rows=3, slots=40, patches=24, text_only=False):
     """A random packed batch that fits the method."""
     return fake_batch(rows, slots, patches, PATCH.patch_size, VOCAB, 4, seed, text_only)
 
 
 def random_params(model, example, seed=0, spread=1.0):
-    """Parameters of `model` with nothing at zero: adapters, biases and heads are all random. Compiles nothing."""
+    """Parameters of `model`, none of them zero: adapters, biases, heads are random too. Compiles nothing."""
     shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), example)['params'])
     rng = np.random.default_rng(seed)
 
@@ -41,4 +48,22 @@ def random_params(model, example, seed=0, spread=1.0):
             return 1 + 0.1 * rng.normal(size=shape)
         fan_in = shape[-2] if len(shape) > 1 and not path.endswith(('embedding', 'bias')) else 4
         return spread * rng.normal(size=shape) / fan_in**0.5
-    return unflatten({path: draw(path, leaf.shape).astype(np.float32) for path, leaf in flatten(shapes).items()})
+
+    flat = {path: draw(path, leaf.shape).astype(np.float32) for path, leaf in flatten(shapes).items()}
+    return unflatten(flat)
+
+
+def without(params, *parts):
+    """The parameters without those whose path holds one of `parts`."""
+    flat = flatten(params).items()
+    return unflatten({path: leaf for path, leaf in flat if not any(part in path for part in parts)})
+
+
+# Tests compile much and compute little: machine code that is not optimised comes 2.5 times as fast.
+quick_jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
+
+
+@functools.cache
+def apply(model, compile=quick_jit):
+    """The compiled call of a model: (params, batch, adapters_on) -> Output."""
+    return compile(lambda params, batch, on=None: model.apply({'params': params}, batch, on))

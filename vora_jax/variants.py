@@ -57,6 +57,10 @@ def vora(
     if not (num_adapted_layers <= llm.num_layers and teacher.num_layers <= llm.num_layers):
         raise UserError(f'vora: {num_adapted_layers} adapted layers and {teacher.num_layers} teacher blocks do not fit a '
                         f'language model of {llm.num_layers} layers.')
+    unknown = sorted(set(targets) - set(LINEARS))
+    if unknown or not targets or num_adapted_layers < 1 or rank < 1:
+        raise UserError(f'vora: nothing to adapt with targets {targets}, {num_adapted_layers} layers and rank {rank}; '
+                        f'take targets from {", ".join(LINEARS)}, and at least 1 layer and rank 1.')
     adapters = tuple((name, (LowRank(rank, scale, dropout, scope),)) for name in targets)
     paired = tuple(range(teacher.num_layers)) if distill_weight else ()
     groups = group_layers([(adapters if i < num_adapted_layers else (), i in paired) for i in range(llm.num_layers)])

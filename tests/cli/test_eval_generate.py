@@ -48,11 +48,12 @@ def vora(capsys):
 
 
 def test_eval_prints_a_table_and_writes_what_is_asked(vora, folder, ckpt, tmp_path):
-    code, out, _ = vora('eval', ckpt, '--data', folder / 'test.jsonl', *SMALL, '--max-per-kind', 'yes_no=4', '--json', tmp_path / 'r.json',
-                        '--predictions', tmp_path / 'p.jsonl', '--grid', tmp_path / 'g.png', '--grid-count', '5')
+    code, out, _ = vora('eval', ckpt, '--data', folder / 'test.jsonl', *SMALL, '--max-per-kind', 'yes_no=4',
+                        '--json', tmp_path / 'r.json', '--predictions', tmp_path / 'p.jsonl',
+                        '--grid', tmp_path / 'g.png', '--grid-count', '5')
     assert code == 0
     rows = [line.split() for line in out.splitlines()]
-    assert [row[:2] for row in rows] == [['kind', 'questions'], ['colour', '6'], ['yes_no', '4'], ['all', '10']]
+    assert [' '.join(row[:2]) for row in rows] == ['kind questions', 'colour 6', 'yes_no 4', 'all 10']
     assert rows[0][-1] == 'blind'
     results = json.loads((tmp_path / 'r.json').read_text())
     assert results['num_questions'] == 10 and results['step'] == 3
@@ -73,7 +74,8 @@ def test_eval_reads_its_configuration_from_a_file(vora, folder, ckpt, tmp_path):
 
 
 def test_generate_prints_the_answer_that_eval_counts(vora, folder, ckpt, tmp_path):
-    vora('eval', ckpt, '--data', folder / 'test.jsonl', *SMALL, '--no-blind', '--predictions', tmp_path / 'p.jsonl')
+    vora('eval', ckpt, '--data', folder / 'test.jsonl', *SMALL, '--no-blind',
+         '--predictions', tmp_path / 'p.jsonl')
     row = json.loads((tmp_path / 'p.jsonl').read_text().splitlines()[2])
     arguments = ('generate', ckpt, '--image', folder / 'images/1.png', 'what color?', '--max-new-tokens', '3')
     code, out, _ = vora(*arguments)
@@ -91,7 +93,7 @@ def test_generate_takes_no_picture_or_several(vora, folder, ckpt, text_ckpt):
 
 
 def test_mistakes_are_one_sentence(vora, folder, ckpt, text_ckpt, tmp_path):
-    picture, broken = folder / 'images/0.png', tmp_path / 'broken.png'
+    picture, broken, test = folder / 'images/0.png', tmp_path / 'broken.png', folder / 'test.jsonl'
     broken.write_bytes(picture.read_bytes()[:-20])
     table = [
         (('generate', ckpt, '--image', 'gone.png', 'what?'), 'image gone.png does not exist'),
@@ -105,9 +107,9 @@ def test_mistakes_are_one_sentence(vora, folder, ckpt, text_ckpt, tmp_path):
         (('generate', ckpt, 'what?', '--max-new-tokens', '0'), '--max-new-tokens is 0'),
         (('eval', ckpt), 'give --data FILE'),
         (('eval', ckpt, '--data', 'gone.jsonl'), 'gone.jsonl does not exist'),
-        (('eval', text_ckpt, '--data', folder / 'test.jsonl'), 'test.jsonl row 1: this checkpoint is a text-only'),
-        (('eval', ckpt, '--data', folder / 'test.jsonl', '--max-per-kind', 'shape=2'), "no questions of kind 'shape'"),
-        (('eval', ckpt, '--data', folder / 'test.jsonl', '--gin.Eval.batch_row=2'), 'Eval.batch_row'),
+        (('eval', text_ckpt, '--data', test), 'test.jsonl row 1: this checkpoint is a text-only'),
+        (('eval', ckpt, '--data', test, '--max-per-kind', 'shape=2'), "no questions of kind 'shape'"),
+        (('eval', ckpt, '--data', test, '--gin.Eval.batch_row=2'), 'Eval.batch_row'),
     ]
     for arguments, message in table:
         code, out, err = vora(*arguments)

@@ -25,7 +25,8 @@ def make_rows(folder):
 
 def test_rows_have_one_size_and_end_with_the_assistant_marker(make_rows, folder):
     picture = str(folder / 'images/1.png')  # 16 x 24 pixels: 3 x 2 patches
-    rows = make_rows(Prompt('what color?'), Prompt('<image>\nis it red?', (picture,)), Prompt('red?', (picture,)))
+    with_picture = Prompt('<image>\nis it red?', (picture,))
+    rows = make_rows(Prompt('what color?'), with_picture, Prompt('red?', (picture,)))
     first, second = rows.batches(2)
     assert first.tokens.shape == second.tokens.shape and first.tokens.shape[1] % 8 == 0
     assert first.patches.pixels.shape[1] == 8

@@ -25,7 +25,8 @@ def questions(*images, kind='colour'):
 
 
 def test_questions_carry_the_record(tmp_path):
-    file = write(tmp_path / 'test.jsonl', record('<image>\nwhat?', frames=['a.png'], kind='shape', id='x'), record())
+    full = record('<image>\nwhat?', frames=['a.png'], kind='shape', id='x')
+    file = write(tmp_path / 'test.jsonl', full, record())
     first, second = read_questions(Eval(file))
     assert first[:-1] == ('x', 'shape', '<image>\nwhat?', None, 'blue', (str(tmp_path / 'a.png'),))
     assert first.where == f'{file} row 1'

@@ -65,7 +65,8 @@ def test_a_right_answer_counts(run, tmp_path):
         row['conversations'][1]['value'] = f' {text}\n'
         rows.append(json.dumps(row) + '\n')
     file.write_text(''.join(rows))
-    results, _ = evaluate(model, params, data, rule, dataclasses.replace(config, data=str(file), image_root=root))
+    config = dataclasses.replace(config, data=str(file), image_root=root)
+    results, _ = evaluate(model, params, data, rule, config)
     assert results['accuracy'] == 1.0 and results['by_kind'] == {'colour': 1.0, 'yes_no': 1.0}
     assert results['blind_accuracy'] < 1.0
 

@@ -84,20 +84,24 @@ def test_damaged_frozen_weights_are_told(tmp_path):
         checkpoint.open_checkpoint(tmp_path)
 
 
-def test_a_failed_save_is_raised_by_the_next_call(tmp_path):
+def test_a_failed_save_is_raised_by_the_next_call(tmp_path, monkeypatch):
+    def full(folder):
+        raise OSError('no space left')
+
     writer = checkpoint_writer.Writer(tmp_path, 2)
-    (tmp_path / 'steps').rmdir()
-    (tmp_path / 'steps').write_text('a file where the folder should be')
-    with pytest.raises(OSError, match='steps'):
-        writer.save(Record(1, ''), weights(1), {})
+    monkeypatch.setattr(checksum, 'commit', full)
+    writer.save(Record(1, ''), weights(1), {'count': jnp.int32(1)})
+    with pytest.raises(OSError, match='steps/1 could not be written: no space left'):
         writer.wait()
+    writer.check()  # told once
+    assert checkpoint.latest_step(tmp_path) is None
 
 
 def test_saved_arrays_may_be_donated_at_once(tmp_path):
     x = {'x': jnp.arange(3_000_000, dtype=jnp.float32)}
     overwrite = jax.jit(lambda tree: {'x': tree['x'] * 0 - 1}, donate_argnums=0)
     writer = checkpoint_writer.Writer(tmp_path, 2)
-    writer.save(Record(1, ''), x, {})
+    writer.save(Record(1, ''), x, {'count': jnp.int32(1)})
     for _ in range(3):
         x = overwrite(x)
     writer.wait()

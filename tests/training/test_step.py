@@ -1,5 +1,6 @@
 """Gradients, accumulation, freezing, meshes."""
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -12,10 +13,17 @@ def host(tree):
     return {path: np.asarray(leaf) for path, leaf in flatten(tree).items()}
 
 
+@pytest.fixture(scope='module')
+def pretrain():
+    """(state, frozen, step) of the pretraining stage, compiled once; a step takes a copy of the state."""
+    _, state, frozen, step = toy.start(toy.vora().stage('pretrain'), toy.batch())
+    return state, frozen, lambda batch: step(jax.tree.map(jnp.copy, state), frozen, batch)
+
+
 def test_accumulation_gives_the_gradient_of_the_whole_batch():
     stage, batch = toy.vora().stage('pretrain'), toy.batch(1)
     results = []
-    for accumulation in (1, 2, 4):
+    for accumulation in (1, 4):
         _, state, frozen, step = toy.start(stage, batch, accumulation=accumulation, optimizer=optax.sgd(1.0))
         before = host(state.trainable)
         after, metrics = step(state, frozen, batch)
@@ -30,39 +38,36 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch():
             np.testing.assert_allclose(value, expected[name], rtol=1e-5, atol=1e-6, err_msg=name)
 
 
-def test_frozen_leaves_have_no_state_and_do_not_change():
-    stage, batch = toy.vora().stage('pretrain'), toy.batch(2)
-    _, state, frozen, step = toy.start(stage, batch)
+def test_frozen_leaves_have_no_state_and_do_not_change(pretrain):
+    state, frozen, step = pretrain
     trainable, before = host(state.trainable), host(frozen)
     assert trainable.keys().isdisjoint(before) and any(path.startswith('teacher/') for path in before)
     moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
     assert sum(leaf.size for leaf in moments) == 2 * sum(leaf.size for leaf in trainable.values())
-    state, _ = step(state, frozen, batch)
+    state, _ = step(toy.batch(2))
     after = host(state.trainable)
     assert all((after[path] != trainable[path]).any() for path in after)
     assert all((value == before[path]).all() for path, value in host(frozen).items())
     assert int(state.step) == 1
 
 
-def test_a_batch_without_pictures_has_no_distillation_loss_and_no_nan():
-    stage, batch = toy.vora().stage('pretrain'), toy.batch(3)
+def test_a_batch_without_pictures_has_no_distillation_loss_and_no_nan(pretrain):
+    batch = toy.batch(3)
     patches = jax.tree.map(np.zeros_like, batch.patches)
     patches = patches._replace(**{name: np.full_like(getattr(patches, name), -1) for name in ('row', 'col', 'image_id')})
     text = toy.batch(3, text_only=True)
     empty = np.full_like(batch.vision_slot, -1)
     batch = text._replace(patches=patches, vision_slot=empty, vision_source=np.zeros_like(empty))
-    _, state, frozen, step = toy.start(stage, batch)
-    state, metrics = step(state, frozen, batch)
+    state, metrics = pretrain[2](batch)
     assert metrics['distill_loss'] == 0 and metrics['num_vision_tokens'] == 0
     assert metrics['distill_layers'].shape == (2,)
     assert np.isfinite(metrics['loss']) and metrics['loss'] == metrics['lm_loss']
     assert all(np.isfinite(leaf).all() for leaf in host(state.trainable).values())
 
 
-def test_metrics_count_what_the_batch_holds():
+def test_metrics_count_what_the_batch_holds(pretrain):
     batch = toy.batch(4)
-    _, state, frozen, step = toy.start(toy.vora().stage('pretrain'), batch)
-    _, metrics = step(state, frozen, batch)
+    _, metrics = pretrain[2](batch)
     assert metrics['num_vision_tokens'] == (batch.modality == 2).sum()
     assert metrics['num_text_tokens'] == (batch.modality == 1).sum()
     assert metrics['num_target_tokens'] == (batch.loss_mask > 0).sum()
@@ -72,11 +77,12 @@ def test_metrics_count_what_the_batch_holds():
     np.testing.assert_allclose(metrics['distill_layers'].mean(), metrics['distill_loss'], rtol=1e-6)
 
 
-def test_dropout_differs_between_steps_and_repeats_between_runs():
-    stage, batch = toy.vora(dropout=0.5).stage('pretrain'), toy.batch(5)
+def test_dropout_differs_between_steps_and_repeats_for_a_step():
+    batch = toy.batch(5)
+    _, start, frozen, step = toy.start(toy.vora(dropout=0.5).stage('pretrain'), batch, optimizer=optax.sgd(0.0))
     losses = []
     for _ in range(2):
-        _, state, frozen, step = toy.start(stage, batch, optimizer=optax.sgd(0.0))
+        state = jax.tree.map(jnp.copy, start)
         for _ in range(2):
             state, metrics = step(state, frozen, batch)
             losses.append(float(metrics['loss']))

@@ -109,5 +109,5 @@ def text_data(folder: pathlib.Path) -> Data:
 
 def narrow() -> Stage:
     """A stage whose MLP is 6 wide, which 4 devices do not divide."""
-    llm = state.dataclasses.replace(LLM, mlp_width=6)
+    llm = state.dataclasses.replace(LLM, num_kv_heads=4, mlp_width=6)
     return variants.language_model(llm).stage('pretrain')

@@ -31,8 +31,8 @@ def run(args: argparse.Namespace) -> int:
     config, _ = gin_config.load('Train', texts=[opened.config_text])
     stage = config.method.stage(config.stage)
     if stage.merges_into is None:
-        raise UserError(f'{args.checkpoint} holds the stage {config.stage!r} of {config.method.name}, which has nothing to merge; '
-                        'give a checkpoint of a stage that trained adapters.')
+        raise UserError(f'{args.checkpoint} holds the stage {config.stage!r} of {config.method.name}, which has nothing '
+                        'to merge; give a checkpoint of a stage that trained adapters.')
     merged, model = merge(opened.params, stage.model)
     if model != config.method.stage(stage.merges_into).model:
         raise ValueError(f'{config.method.name}: the merged model is not that of the stage {stage.merges_into!r}.')

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Trains; 0 when the run is complete or was stopped and saved. UserError on bad input."""
+    """Trains; 0 when the run is complete, 130 when it was stopped and saved. UserError on bad input."""
     files, bindings = [args.config, *args.gin_files], list(args.gin_bindings)
     config, text = gin_config.load('Train', files, bindings)
     if args.init_from:
@@ -34,8 +34,8 @@ def run(args: argparse.Namespace) -> int:
     from vora_jax.cli.processes import join_processes  # late: mistakes in the configuration are told without JAX
     from vora_jax.training.loop import train
     with join_processes():
-        train(config, text, args.workdir, _parse)
-    return 0
+        complete = train(config, text, args.workdir, _parse)
+    return 0 if complete else 130  # 130 stops a script that would go on with the next stage
 
 
 def _parse(text: str) -> Train:

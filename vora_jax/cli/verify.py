@@ -7,14 +7,13 @@ import pathlib
 import random
 import sys
 import tempfile
-from collections.abc import Iterator
 
 import numpy as np
 import PIL.Image
 import tqdm
 
 from vora_jax.cli.opened_model import OpenedModel, open_model
-from vora_jax.convert.verify import Comparison, Question, load_folder, verify
+from vora_jax.convert.verify import Comparison, Question, verify
 from vora_jax.data.conversation import check_record
 from vora_jax.data.sources import JsonLines
 from vora_jax.data.tokenizer import IMAGE
@@ -28,16 +27,18 @@ agree, both sides computed in float32. Prompts come from --data, or are made up.
 """
 EXAMPLE = 'vora verify runs/finetune exported --data data/easy_vqa/test.jsonl'
 BATCH_ROWS = 8
-WORDS = 'what is the colour of this shape how many are there 12 3.5 (yes) no? Zürich 東京 🙂'.split()
+WORDS = ('what', 'is', 'the', 'colour', 'of', 'this shape', 'how many', 'are there?', '12', '3.5', '(yes)', 'Zürich', '東京',
+         '🙂')
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `vora verify`."""
     parser.add_argument('checkpoint', metavar='CKPT', help='a workdir (latest step) or one step in it')
     parser.add_argument('folder', metavar='DIR', help='what `vora export` made of it')
-    parser.add_argument('--data', metavar='FILE', help='JSON lines whose first questions are the prompts; default: made up')
+    parser.add_argument('--data', metavar='FILE', help='JSON lines; their questions are the prompts; default: made up')
     parser.add_argument('--num', type=int, default=32, metavar='N', help='prompts; default %(default)s')
-    parser.add_argument('--max-new-tokens', type=int, default=16, metavar='N', help='length of the answers; default %(default)s')
+    parser.add_argument('--max-new-tokens', type=int, default=16, metavar='N',
+                        help='length of the compared answers; default %(default)s')
     parser.add_argument('--tolerance', type=float, default=1e-3, metavar='X',
                         help='largest accepted difference of a logit; default %(default)s')
     parser.add_argument('--json', metavar='FILE', help='also write the result there; - prints it instead of the text')
@@ -55,9 +56,10 @@ def run(args: argparse.Namespace) -> int:
         else:
             prompts = made_up_prompts(args.num, opened, pathlib.Path(pictures))
         rows = PromptRows(prompts, opened.data, opened.rule, opened.tokenizer)
-        batches = tqdm.tqdm(rows.batches(BATCH_ROWS), total=-(-len(rows) // BATCH_ROWS), leave=False, disable=None, unit='batch')
-        found = verify(opened.params, opened.model, args.folder, [Question(p.question, p.images) for p in prompts], batches,
-                       eos_id=opened.tokenizer.eos_id, max_new_tokens=args.max_new_tokens, tolerance=args.tolerance)
+        batches = tqdm.tqdm(rows.batches(BATCH_ROWS), total=-(-len(rows) // BATCH_ROWS), leave=False, disable=None)
+        questions = [Question(prompt.question, prompt.images, prompt.where) for prompt in prompts]
+        found = verify(opened.params, opened.model, args.folder, questions, batches, eos_id=opened.tokenizer.eos_id,
+                       max_new_tokens=args.max_new_tokens, tolerance=args.tolerance)
     _report(found, args)
     return 1 if found.problems else 0
 
@@ -70,7 +72,8 @@ def read_prompts(path: str, num: int) -> list[Prompt]:
         _, exchanges, frames = check_record(rows[number], where)
         question = exchanges[0][0]
         shown = frames[:question.count(IMAGE)]
-        prompts.append(Prompt(question, tuple(os.path.join(os.path.dirname(path), frame) for frame in shown), where=where))
+        files = tuple(os.path.join(os.path.dirname(path), frame) for frame in shown)
+        prompts.append(Prompt(question, files, where=where))
     return prompts
 
 
@@ -83,7 +86,7 @@ def made_up_prompts(num: int, opened: OpenedModel, folder: pathlib.Path) -> list
             height, width = (rng.randint(1, 10) * opened.rule.patch_size + rng.randint(0, 3) for _ in range(2))
             images.append(str(folder / f'{number}-{len(images)}.png'))
             PIL.Image.fromarray(pixels.integers(0, 256, (height, width, 3), np.uint8)).save(images[-1])
-        prompts.append(Prompt(question, tuple(images)))
+        prompts.append(Prompt(question, tuple(images), where=f'made-up prompt {number} with {len(images)} pictures'))
     return prompts
 
 
@@ -93,7 +96,10 @@ def _report(found: Comparison, args: argparse.Namespace) -> None:
         if args.json == '-':
             print(text)
             return
-        pathlib.Path(args.json).write_text(text + '\n', encoding='utf-8')
+        try:
+            pathlib.Path(args.json).write_text(text + '\n', encoding='utf-8')
+        except OSError as error:
+            raise UserError(f'--json {args.json} cannot be written ({error.strerror}); give another file.') from error
     print(f'{found.tensors} tensors compared bit for bit ({found.dtype})')
     print(f'{found.num_prompts} prompts: largest logit difference {found.max_abs_logit_diff:.2e} ({found.worst})')
     ties = f', {found.near_ties} decided by logits closer than rounding' if found.near_ties else ''

@@ -116,11 +116,12 @@ def entries(shapes: Shapes) -> list[Entry]:
         found += [Entry(path, layer, f'model.layers.{start + layer}.{name}', shape[1:], layout)
                   for layer in range(shape[0])]
     if unknown:
-        raise UserError(f'these parameters have no name in a Hugging Face folder: {_list(unknown)}.')
+        raise UserError(f'these parameters have no name in a Hugging Face folder: {name_list(unknown)}.')
     return found
 
 
-def to_foreign(params: Mapping[str, Array], shapes: Shapes, dtype: str | None = None) -> Iterator[tuple[str, np.ndarray]]:
+def to_foreign(params: Mapping[str, Array], shapes: Shapes,
+               dtype: str | None = None) -> Iterator[tuple[str, np.ndarray]]:
     """(name, C-contiguous array) of every foreign tensor, one at a time.
 
     Args:
@@ -162,7 +163,7 @@ def check(expected: Shapes, given: Shapes, where: str) -> None:
     unexpected = [name for name in given if name not in expected]
     misshapen = [f'{name} ({list(given[name])} instead of {list(shape)})' for name, shape in expected.items()
                  if name in given and tuple(given[name]) != tuple(shape)]
-    problems = [f'{kind} {_list(names)}' for kind, names in (
+    problems = [f'{kind} {name_list(names)}' for kind, names in (
         ('misses', missing), ('has unexpected', unexpected), ('has other shapes of', misshapen)) if names]
     if problems:
         raise UserError(f'{where} does not fit the model: it {"; it ".join(problems)}.')
@@ -178,6 +179,7 @@ def _first_layers(shapes: Shapes) -> dict[int, int]:
     return starts
 
 
-def _list(names: list[str], most: int = 8) -> str:
+def name_list(names: list[str], most: int = 8) -> str:
+    """The first names, and how many more there are."""
     more = f' and {len(names) - most} more' if len(names) > most else ''
     return ', '.join(names[:most]) + more

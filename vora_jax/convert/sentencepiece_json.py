@@ -6,7 +6,15 @@ import shutil
 
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+)
 
 from vora_jax.types import UserError
 
@@ -98,7 +106,7 @@ def build_tokenizer(model: bytes, where: str) -> Tokenizer:
     extra = [] if IMAGE in own else [IMAGE]
     for piece in own + extra:
         add = tokenizer.add_special_tokens if piece in MARKERS else tokenizer.add_tokens
-        add([AddedToken(piece.replace(SPACE, ' '), normalized=False, special=piece in MARKERS)])
+        add([AddedToken(piece, normalized=False, special=piece in MARKERS)])
     _check_probes(tokenizer, model, proto, where)
     return tokenizer
 
@@ -126,6 +134,7 @@ def probe_texts(proto, count: int = 300) -> list[str]:
     rng = random.Random(0)
     pieces = [piece.piece.replace(SPACE, ' ') for piece in proto.pieces if piece.type in (NORMAL, USER_DEFINED)]
     pieces = [piece for piece in pieces if piece != IMAGE]  # pictures are cut out before the text is tokenised
-    odd = ['', ' ', '  ', '\n', '\t', '\r\n', '    ', 'aaaaaaa', 'Ä', 'ß', '東京', '🙂', 'e\u0301', '\u00a0', '"', '\\', '0123456789']
+    odd = ['', ' ', '  ', '    ', '\n', '\t', '\r\n', 'aaaaaaa', '0123456789', '"', '\\', 'Ä', 'ß', '東京', '🙂',
+           'e\u0301', '\u00a0']
     return odd + [''.join(rng.choice(pieces if rng.random() < 0.8 else odd) for _ in range(rng.randint(1, 24)))
                   for _ in range(count)]

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from vora_jax.convert.exportable import Exportable, cast, exportable
+from vora_jax.convert.exportable import Exportable, exportable
 from vora_jax.convert.name_map import entries, to_foreign
 from vora_jax.convert.sentencepiece_json import write_tokenizer
 from vora_jax.model import VisionLanguageModel
@@ -49,12 +49,12 @@ class Exported:
     dropped: tuple[str, ...]
 
 
-def export(params: Params, model: VisionLanguageModel, prompting: Prompting, folder: str, *, dtype: str = 'float32',
-           overwrite: bool = False, max_shard_bytes: int = 4 << 30) -> Exported:
+def export(params: Params, model: VisionLanguageModel, prompting: Prompting, folder: str, *,
+           dtype: str = 'float32', overwrite: bool = False, max_shard_bytes: int = 4 << 30) -> Exported:
     """Writes a folder that `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` loads.
 
-    Adapters that are not merged stay adapters; distillation heads and teacher are left out. The folder appears when it is
-    complete.
+    Adapters that are not merged stay adapters; distillation heads and teacher are left out. The folder appears when
+    it is complete.
 
     Args:
         params: nested parameters.    model: the module they belong to.
@@ -124,12 +124,13 @@ def _write_weights(what: Exportable, dtype: str, folder: pathlib.Path, max_shard
         save_file(shard, folder / file, metadata={'format': 'pt'})
         weight_map |= dict.fromkeys(shard, file)
     if len(shards) > 1:
-        _write_json(folder / 'model.safetensors.index.json', {'metadata': {'total_size': total}, 'weight_map': weight_map})
+        index = {'metadata': {'total_size': total}, 'weight_map': weight_map}
+        _write_json(folder / 'model.safetensors.index.json', index)
 
 
 @contextlib.contextmanager
 def _new_folder(to: str, overwrite: bool) -> Iterator[pathlib.Path]:
-    """A temporary folder beside `to` that takes its place when the block ends without an error, and vanishes otherwise."""
+    """A temporary folder beside `to` that takes its place when the block ends well, and vanishes otherwise."""
     target = pathlib.Path(to).absolute()
     if target.exists() and not overwrite:
         raise UserError(f'{to} exists already; choose another folder or pass --overwrite.')
@@ -178,7 +179,7 @@ A {kind} model trained with vora_jax: {model.llm.num_layers} layers of width {mo
 {imports}from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained('.', trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained('.')
+tokenizer = AutoTokenizer.from_pretrained('.', trust_remote_code=True)
 print(model.answer(tokenizer, {image}, 'your question'))
 
 # many at once

@@ -11,7 +11,7 @@ import PIL.Image
 
 from vora_jax.batch import Batch
 from vora_jax.convert.exportable import Exportable, cast, exportable
-from vora_jax.convert.name_map import to_foreign
+from vora_jax.convert.name_map import name_list, to_foreign
 from vora_jax.convert.to_hf import is_export
 from vora_jax.llm.generate import greedy
 from vora_jax.model import VisionLanguageModel
@@ -23,10 +23,11 @@ TIE = 1e-4
 
 
 class Question(NamedTuple):
-    """A prompt for the exported model. text: without template; images: picture files."""
+    """A prompt for the exported model. text: without template; images: picture files; where: what to call it."""
 
     text: str
     images: tuple[str, ...] = ()
+    where: str = ''
 
 
 @dataclasses.dataclass
@@ -77,7 +78,8 @@ def verify(params: Params, model: VisionLanguageModel, folder: str, questions: S
     for batch in batches:
         asked, rest = rest[:len(batch.tokens)], rest[len(batch.tokens):]
         if asked:
-            _compare_prompts(reference, batch, torch_model, tokenizer, asked, eos_id, max_new_tokens, tolerance, found)
+            _compare_prompts(reference, batch, torch_model, tokenizer, asked, eos_id, max_new_tokens, tolerance,
+                             found)
     return found
 
 
@@ -91,7 +93,8 @@ def load_folder(folder: str) -> tuple[Any, Any]:
         import torch  # noqa: F401  an extra, so not at the top
         import transformers
     except ImportError:
-        raise UserError("verify needs PyTorch and transformers; install them with pip install 'vora_jax[torch]'.") from None
+        raise UserError('verify needs PyTorch and transformers, which are not installed; install them with '
+                        "pip install 'vora_jax[torch]'.") from None
     if not is_export(pathlib.Path(folder)):
         raise UserError(f'{folder} is not a folder that `vora export` wrote; export the checkpoint first.')
     transformers.utils.logging.disable_progress_bar()
@@ -102,7 +105,8 @@ def load_folder(folder: str) -> tuple[Any, Any]:
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f'{folder} does not load ({reason}); export the checkpoint again.') from error
-    wrong = [f'{kind.removesuffix("_keys")} {", ".join(sorted(map(str, keys))[:8])}' for kind, keys in loading.items() if keys]
+    wrong = [f'{kind.removesuffix("_keys")} {name_list(sorted(map(str, keys)))}'
+             for kind, keys in loading.items() if keys]
     if wrong:
         raise UserError(f'{folder} does not hold the tensors of its model: {"; ".join(wrong)}; export it again.')
     return model, tokenizer
@@ -115,16 +119,19 @@ def _compare_tensors(what: Exportable, torch_model: Any, found: Comparison) -> N
     theirs = torch_model.state_dict()
     if what.model.llm.tied_head:
         del theirs['lm_head.weight']  # the embedding, which is compared under its own name
+    lacking, different = [], []
     for name, array in to_foreign(what.params, what.shapes, found.dtype):
         tensor = theirs.pop(name, None)
         found.tensors += 1
         if tensor is None:
-            found.problems.append(f'the tensor {name} is not in the folder')
+            lacking.append(name)
         elif tuple(tensor.shape) != array.shape or not np.array_equal(
                 tensor.contiguous().view(torch.uint8).numpy(), array.view(np.uint8)):
-            found.problems.append(f'the tensor {name} differs')
-    if theirs:
-        found.problems.append(f'the folder has tensors that the checkpoint has not: {", ".join(sorted(theirs)[:8])}')
+            different.append(name)
+    for names, problem in ((lacking, 'are not in the folder'), (sorted(theirs), 'are not in the checkpoint'),
+                           (different, 'differ')):
+        if names:
+            found.problems.append(f'tensors that {problem} ({len(names)}): {name_list(names)}')
 
 
 def _in_float32(what: Exportable, dtype: str) -> Exportable:
@@ -133,8 +140,9 @@ def _in_float32(what: Exportable, dtype: str) -> Exportable:
     return what._replace(model=model, params=cast(cast(what.params, dtype), 'float32'))
 
 
-def _compare_prompts(what: Exportable, batch: Batch, torch_model: Any, tokenizer: Any, questions: Sequence[Question],
-                     eos_id: int, max_new_tokens: int, tolerance: float, found: Comparison) -> None:
+def _compare_prompts(what: Exportable, batch: Batch, torch_model: Any, tokenizer: Any,
+                     questions: Sequence[Question], eos_id: int, max_new_tokens: int, tolerance: float,
+                     found: Comparison) -> None:
     import torch
     model, params = what.model, unflatten(what.params)
     with jax.default_matmul_precision('highest'):
@@ -146,22 +154,22 @@ def _compare_prompts(what: Exportable, batch: Batch, torch_model: Any, tokenizer
         found.num_prompts += 1
         inputs = _inputs(torch_model, tokenizer, [question])
         if not _same_ids(batch, row, inputs, torch_model.config.image_token_id):
-            found.problems.append(f'{question.text!r} becomes other token ids or other pixels')
+            found.problems.append(f'{_describe(question)} becomes other token ids or other pixels')
             continue
         same_ids.append(row)
         with torch.no_grad():
             theirs = torch_model(**inputs).logits[0].numpy()
         difference = float(np.max(np.abs(hidden[row, :len(theirs)] @ head - theirs)))
         if not difference <= tolerance:  # also NaN
-            found.problems.append(f'logits of {question.text!r} differ by {difference:.2e}, more than {tolerance:g}')
+            found.problems.append(f'logits of {_describe(question)} differ by {difference:.2e}, more than {tolerance:g}')
         if not found.worst or not difference <= found.max_abs_logit_diff:
             found.max_abs_logit_diff, found.worst = difference, _describe(question)
     if same_ids:
         _compare_answers(answers, torch_model, tokenizer, {row: questions[row] for row in same_ids}, eos_id, found)
 
 
-def _compare_answers(answers: np.ndarray, torch_model: Any, tokenizer: Any, questions: dict[int, Question], eos_id: int,
-                     found: Comparison) -> None:
+def _compare_answers(answers: np.ndarray, torch_model: Any, tokenizer: Any, questions: dict[int, Question],
+                     eos_id: int, found: Comparison) -> None:
     """Greedy answers, all prompts of the batch generated together."""
     inputs = _inputs(torch_model, tokenizer, list(questions.values()))
     output = torch_model.generate(**inputs, max_new_tokens=answers.shape[1], do_sample=False)
@@ -176,7 +184,7 @@ def _compare_answers(answers: np.ndarray, torch_model: Any, tokenizer: Any, ques
         if gap <= TIE:
             found.near_ties += 1
         else:
-            found.problems.append(f'answers to {question.text!r} differ: {tokenizer.decode(ours)!r} here, '
+            found.problems.append(f'answers to {_describe(question)} differ: {tokenizer.decode(ours)!r} here, '
                                   f'{tokenizer.decode(other)!r} in the folder, whose best logits are {gap:.2e} apart')
 
 
@@ -224,5 +232,4 @@ def _until(ids: Sequence[int], eos_id: int) -> list[int]:
 
 
 def _describe(question: Question) -> str:
-    pictures = f' with {", ".join(question.images)}' if question.images else ''
-    return f'{question.text!r}{pictures}'
+    return f'{question.text!r} ({question.where})' if question.where else repr(question.text)

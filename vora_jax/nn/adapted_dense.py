@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from vora_jax.nn.adapters import LowRank
 from vora_jax.nn.slots import SlotContext, scope_mask
+from vora_jax.ops.linear import linear
 
 
 class AdaptedDense(nn.Module):
@@ -26,7 +27,7 @@ class AdaptedDense(nn.Module):
     def __call__(self, x: jax.Array, context: SlotContext) -> jax.Array:
         kernel = self.param('kernel', nn.with_logical_partitioning(nn.initializers.lecun_normal(), self.axes),
                             (x.shape[-1], self.features), jnp.float32)
-        y = jnp.dot(x, kernel.astype(x.dtype))
+        y = linear(x, kernel)
         if self.use_bias:
             bias = self.param('bias', nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:]),
                               (self.features,), jnp.float32)

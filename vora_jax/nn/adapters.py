@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vora_jax.ops.linear import linear
 from vora_jax.types import Params, Scope, UserError
 
 
@@ -58,8 +59,7 @@ class LowRankBranch(nn.Module):
         b = self.param('b', nn.with_logical_partitioning(nn.initializers.zeros, ('rank', self.axes[1])),
                        (self.adapter.rank, self.features), jnp.float32)
         x = nn.Dropout(self.adapter.dropout, deterministic=self.deterministic)(x)
-        low = jnp.dot(x, a.astype(x.dtype)) * jnp.asarray(self.adapter.scale, x.dtype)
-        return jnp.dot(low, b.astype(x.dtype))
+        return linear(linear(x, a) * jnp.asarray(self.adapter.scale, x.dtype), b)
 
 
 def _kaiming_uniform(key, shape, dtype):

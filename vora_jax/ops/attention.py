@@ -42,7 +42,7 @@ def reference_attention(q, k, v, key_range: KeyRange):
     """The definition of `attention`, with a dense mask; scores and softmax in f32 (f64 for f64 inputs)."""
     batch, num_queries, num_heads, head_dim = q.shape
     num_kv_heads, num_keys = k.shape[2], k.shape[1]
-    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    dtype = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
     # Heads first and a group's queries as rows, [B, K, G * T, H]: plain batched matmuls, which CPUs run twice as fast.
     grouped = q.reshape(batch, num_queries, num_kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)
     rows = grouped.reshape(batch, num_kv_heads, -1, head_dim)

@@ -49,7 +49,7 @@ def make_step(
         trainable = optax.apply_updates(state.trainable, updates)
         metrics = {
             **parts,
-            'grad_norm': optax.global_norm(gradient),
+            'grad_norm': optax.tree.norm(gradient),
             'lr': jnp.asarray(schedule(state.step), jnp.float32),
             **losses.counts(batch),
         }

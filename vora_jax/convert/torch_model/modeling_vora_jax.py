@@ -4,6 +4,7 @@ Loads with `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 `model.answer(tokenizer, image, question)` answers; `model.prepare_inputs` makes the arguments of `generate`.
 """
 import math
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -175,8 +176,8 @@ class VoraJaxForCausalLM(PreTrainedModel, GenerationMixin):
 
     config_class = VoraJaxConfig
     base_model_prefix = 'model'
-    _tied_weights_keys = {'lm_head.weight': 'model.embed_tokens.weight'}
-    _no_split_modules = ['Block', 'VisionEmbedding']
+    _tied_weights_keys: ClassVar = {'lm_head.weight': 'model.embed_tokens.weight'}
+    _no_split_modules: ClassVar = ['Block', 'VisionEmbedding']
     _supports_sdpa = True
 
     def __init__(self, config):
@@ -276,7 +277,7 @@ class VoraJaxForCausalLM(PreTrainedModel, GenerationMixin):
 
 
 def patch_places(image_grid):
-    """(place [P, 2], grid [P, 2], left [P]) of all patches of image_grid [B, M, 2]; left: patches to the picture's end."""
+    """(place [P, 2], grid [P, 2], left [P]) of all patches of image_grid [B, M, 2]; left: patches to a picture's end."""
     grids = image_grid.flatten(0, 1)
     counts = grids.prod(-1)
     picture = torch.arange(len(grids), device=grids.device).repeat_interleave(counts)

@@ -1,0 +1,100 @@
+"""Exported folders: complete, atomic, honest errors."""
+import json
+import pathlib
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from tiny_models import make_model, make_tokenizer, prompting
+
+from vora_jax.convert.exportable import exportable
+from vora_jax.convert.name_map import from_foreign
+from vora_jax.convert.to_hf import export
+from vora_jax.types import UserError
+from vora_jax.vision.token_classifier import TokenClassifier
+from vora_jax.vision.vit import Vit
+
+
+@pytest.fixture(scope='module')
+def tokenizer(tmp_path_factory):
+    return make_tokenizer(tmp_path_factory.mktemp('tokenizer'))
+
+
+def test_the_folder_is_complete_and_holds_the_weights(tmp_path, tokenizer):
+    params, model = make_model('all')
+    done = export(params, model, prompting(tokenizer, system='be brief'), str(tmp_path / 'out'))
+    assert sorted(path.name for path in (tmp_path / 'out').iterdir()) == [
+        'README.md', 'chat_template.jinja', 'config.json', 'generation_config.json', 'model.safetensors',
+        'modeling_vora_jax.py', 'tokenizer.json', 'tokenizer.model', 'tokenizer_config.json']
+    assert [path.name for path in tmp_path.iterdir()] == ['out']
+    assert done.dropped == ('the distillation heads', 'the teacher')
+    tensors = load_file(tmp_path / 'out' / 'model.safetensors')
+    what = exportable(params, model)
+    assert (done.num_tensors, done.num_bytes) == (len(tensors), sum(x.nbytes for x in tensors.values()))
+    assert done.num_parameters == sum(x.size for x in what.params.values())
+    for path, leaf in from_foreign(tensors, what.shapes).items():
+        np.testing.assert_array_equal(leaf, what.params[path])
+    config = json.loads((tmp_path / 'out' / 'config.json').read_text())
+    assert config['vision']['max_patches'] == 24 and config['rope_parameters']['rope_theta'] == 1e4
+    assert "model.answer(tokenizer, Image.open('picture.png')" in (tmp_path / 'out' / 'README.md').read_text()
+
+
+def test_shards_and_dtype(tmp_path, tokenizer):
+    params, model = make_model('text_only')
+    export(params, model, prompting(tokenizer), str(tmp_path / 'out'), dtype='bfloat16', max_shard_bytes=6000)
+    index = json.loads((tmp_path / 'out' / 'model.safetensors.index.json').read_text())
+    files = sorted(set(index['weight_map'].values()))
+    assert len(files) > 2 and files == sorted(path.name for path in (tmp_path / 'out').glob('*.safetensors'))
+    tensors = {name: x for file in files for name, x in load_file(tmp_path / 'out' / file).items()}
+    assert tensors.keys() == index['weight_map'].keys()
+    assert index['metadata']['total_size'] == sum(x.nbytes for x in tensors.values())
+    assert {str(x.dtype) for x in tensors.values()} == {'bfloat16'}
+
+
+def test_an_existing_folder_is_kept(tmp_path, tokenizer):
+    params, model = make_model('text_only')
+    out = tmp_path / 'out'
+    out.mkdir()
+    (out / 'mine.txt').write_text('mine')
+    with pytest.raises(UserError, match='out exists already; choose another folder or pass --overwrite'):
+        export(params, model, prompting(tokenizer), str(out))
+    with pytest.raises(UserError, match='is no export of vora_jax, so it is not overwritten'):
+        export(params, model, prompting(tokenizer), str(out), overwrite=True)
+    assert (out / 'mine.txt').read_text() == 'mine'
+
+
+def test_an_earlier_export_is_replaced_on_request(tmp_path, tokenizer):
+    params, model = make_model('text_only')
+    export(params, model, prompting(tokenizer), str(tmp_path / 'out'))
+    (tmp_path / 'out' / 'old.txt').write_text('')
+    export(params, model, prompting(tokenizer), str(tmp_path / 'out'), overwrite=True)
+    assert not (tmp_path / 'out' / 'old.txt').exists() and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_failed_export_leaves_nothing(tmp_path, tokenizer, monkeypatch):
+    params, model = make_model('text_only')
+
+    def full(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr('vora_jax.convert.to_hf.save_file', full)
+    with pytest.raises(KeyboardInterrupt):
+        export(params, model, prompting(tokenizer), str(tmp_path / 'out'))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_exported_is_told(tmp_path, tokenizer):
+    params, model = make_model('text_only')
+    with pytest.raises(UserError, match='a TokenClassifier is no language model'):
+        export(params, TokenClassifier(Vit(), 300), prompting(tokenizer), str(tmp_path / 'out'))
+    with pytest.raises(UserError, match='the checkpoint does not fit the model: it misses decoder/norm/scale'):
+        export({'decoder': {k: v for k, v in params['decoder'].items() if k != 'norm'}}, model, prompting(tokenizer),
+               str(tmp_path / 'out'))
+    with pytest.raises(UserError, match='holds no tokenizer.model'):
+        export(params, model, prompting(str(tmp_path)), str(tmp_path / 'out'))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_shipped_code_is_one_file():
+    folder = pathlib.Path(__file__).parents[2] / 'vora_jax' / 'convert' / 'torch_model'
+    assert {path.name for path in folder.glob('*.py')} == {'__init__.py', 'modeling_vora_jax.py'}

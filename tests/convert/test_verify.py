@@ -1,0 +1,86 @@
+"""What `verify` must find."""
+import json
+import sys
+
+import pytest
+from safetensors.numpy import load_file, save_file
+from tiny_models import make_model, make_questions, make_tokenizer, prompting, rows
+
+from vora_jax.convert.to_hf import export
+from vora_jax.convert.verify import load_folder, verify
+from vora_jax.types import UserError
+
+EOS = 3
+
+
+@pytest.fixture
+def made(tmp_path):
+    pytest.importorskip('torch', reason="needs pip install 'vora_jax[torch]'")
+    tokenizer = make_tokenizer(tmp_path)
+    params, model = make_model('merged')
+    export(params, model, prompting(tokenizer), str(tmp_path / 'out'))
+    questions = make_questions(tmp_path, True)[:3]
+    return params, model, tmp_path / 'out', questions, rows(questions, tokenizer, True)
+
+
+def run(made, **settings):
+    params, model, folder, questions, batches = made
+    return verify(params, model, str(folder), questions, batches.batches(3), eos_id=EOS, max_new_tokens=3, **settings)
+
+
+def change_weights(folder, change):
+    tensors = load_file(folder / 'model.safetensors')
+    change(tensors)
+    save_file(tensors, folder / 'model.safetensors', metadata={'format': 'pt'})
+
+
+def test_one_changed_bit(made):
+    def change(tensors):
+        tensors['model.norm.weight'].view('int32')[0] ^= 1
+
+    change_weights(made[2], change)
+    found = run(made)
+    assert found.problems == ['tensors that differ (1): model.norm.weight']
+
+
+def test_a_missing_tensor(made):
+    change_weights(made[2], lambda tensors: tensors.pop('model.norm.weight'))
+    with pytest.raises(UserError, match='does not hold the tensors of its model: missing model.norm.weight'):
+        run(made)
+
+
+def test_other_code(made):
+    code = made[2] / 'modeling_vora_jax.py'
+    code.write_text(code.read_text().replace("rope_theta'] **", "rope_theta'] *"))
+    found = run(made)
+    assert any('logits' in problem for problem in found.problems) and found.max_abs_logit_diff > 1e-3
+    assert found.worst.startswith("'")
+
+
+def test_other_tokens_and_other_pictures(made):
+    config = json.loads((made[2] / 'config.json').read_text())
+    config['vision']['max_patches'] = 6
+    (made[2] / 'config.json').write_text(json.dumps(config))
+    template = made[2] / 'chat_template.jinja'
+    assert run(made).problems == ["'what is this?' becomes other token ids or other pixels"]
+    template.write_text(template.read_text().replace('assistant', 'model'))
+    assert len(run(made).problems) == 3
+
+
+def test_bfloat16_is_held_to_the_same_tolerance(made, tmp_path):
+    params, model, folder, *_ = made
+    export(params, model, prompting(str(tmp_path / 'tokenizer')), str(folder), dtype='bfloat16', overwrite=True)
+    found = run(made)
+    assert (found.problems, found.dtype) == ([], 'bfloat16')
+
+
+def test_no_export(tmp_path):
+    pytest.importorskip('torch', reason="needs pip install 'vora_jax[torch]'")
+    with pytest.raises(UserError, match='is not a folder that `vora export` wrote'):
+        load_folder(str(tmp_path))
+
+
+def test_without_torch(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'torch', None)
+    with pytest.raises(UserError, match=r"install them with pip install 'vora_jax\[torch\]'"):
+        load_folder(str(tmp_path))

@@ -1,0 +1,129 @@
+"""Runs on disk: resume, refusal, damage, bad samples."""
+import json
+import logging
+import pathlib
+
+import numpy as np
+import pytest
+import toy
+
+from vora_jax.cli import gin_config
+from vora_jax.params import flatten
+from vora_jax.training import loop
+from vora_jax.training.checkpoint import open_checkpoint
+from vora_jax.training.checksum import SIDECAR
+from vora_jax.types import UserError
+
+
+@pytest.fixture(autouse=True)
+def told(caplog):
+    caplog.set_level(logging.INFO, 'vora_jax')
+    return caplog
+
+
+@pytest.fixture(scope='module')
+def gin_file(tmp_path_factory):
+    return toy.write_text_run(tmp_path_factory.mktemp('run'), **{'Train.batch_rows': 8, 'Mesh.data': 8, 'Mesh.fsdp': 1})
+
+
+def run(gin_file: pathlib.Path, workdir: pathlib.Path, *bindings: str) -> bool:
+    config, text = gin_config.load('Train', [str(gin_file)], bindings)
+    return loop.train(config, text, str(workdir), lambda text: gin_config.load('Train', texts=[text])[0])
+
+
+@pytest.fixture(scope='module')
+def whole(gin_file, tmp_path_factory):
+    """The workdir of an uninterrupted run of 10 steps."""
+    workdir = tmp_path_factory.mktemp('whole')
+    assert run(gin_file, workdir, 'Train.steps=10')
+    return workdir
+
+
+def same_parameters(a: pathlib.Path, b: pathlib.Path) -> bool:
+    left, right = (flatten(open_checkpoint(path).params) for path in (a, b))
+    return left.keys() == right.keys() and all(np.array_equal(left[path], right[path]) for path in left)
+
+
+def test_a_run_leaves_what_the_others_need(gin_file, whole, told):
+    opened = open_checkpoint(whole)
+    assert opened.step == 10 and (pathlib.Path(opened.tokenizer_dir) / 'tokenizer.model').exists()
+    assert gin_config.load('Train', texts=[opened.config_text])[0].steps == 10
+    assert (whole / 'config.gin').read_text() == opened.config_text
+    summary = json.loads((whole / 'summary.json').read_text())
+    assert summary['steps'] == 10 and summary['trainable_params'] == summary['total_params'] > 0
+    assert summary['tokens_per_second'] > 0 and 0 <= summary['pad_fraction'] < 1 and summary['seconds'] > 0
+    rows = [json.loads(line) for line in (whole / 'metrics.jsonl').read_text().splitlines()]
+    assert [row['step'] for row in rows] == [5, 10] and rows[1]['loss'] < rows[0]['loss']
+    assert run(gin_file, whole, 'Train.steps=10') and 'is complete' in told.text
+
+
+def test_more_steps_later_equal_more_steps_at_once(gin_file, whole, tmp_path, told):
+    assert run(gin_file, tmp_path, 'Train.steps=5')
+    assert run(gin_file, tmp_path, 'Train.steps=10', 'Train.log_every=3')
+    assert same_parameters(tmp_path, whole)
+    assert 'changed since the last checkpoint: Train.steps from 5 to 10' in told.text
+
+
+def test_damage_falls_back_and_training_repeats_the_steps(gin_file, whole, tmp_path, told):
+    assert run(gin_file, tmp_path, 'Train.steps=10')
+    (tmp_path / 'steps' / '10' / SIDECAR).write_text('{"trainable/manifest.ocdbt": "0"}')
+    assert run(gin_file, tmp_path, 'Train.steps=10')
+    assert 'DAMAGED' in told.text and 'after step 5 of 10' in told.text
+    assert same_parameters(tmp_path, whole)
+
+
+@pytest.mark.parametrize('binding, words', [
+    ('Train.seed=1', 'Train.seed was 0 there and is 1 now'),
+    ('LanguageModel.width=32', r'llm\.width was 16 there and is 32 now'),
+    ('Optimizer.learning_rate=0.5', r'optimizer\.learning_rate was 0\.01'),
+    ('Train.batch_rows=12', '12 rows, which the 8 devices'),
+])
+def test_another_run_is_refused(gin_file, whole, binding, words):
+    with pytest.raises(UserError, match=words):
+        run(gin_file, whole, 'Train.steps=20', binding)
+
+
+def test_other_data_is_refused_although_paths_may_move(gin_file, whole, tmp_path):
+    moved = tmp_path / 'moved.jsonl'
+    moved.write_text('\n'.join(json.dumps(row) for row in toy.questions()[::-1]))
+    with pytest.raises(UserError, match=r'sources\[0\].path was .* content of samples or tokenizer is not'):
+        run(gin_file, whole, 'Train.steps=20', f'Source.path={str(moved)!r}')
+
+
+def test_a_merged_checkpoint_is_not_trained_in_place(gin_file, whole, tmp_path):
+    from vora_jax.training.checkpoint import write_checkpoint
+
+    opened = open_checkpoint(whole)
+    merged = tmp_path / 'merged'
+    write_checkpoint(merged, opened.params, opened.config_text, opened.tokenizer_dir)
+    with pytest.raises(UserError, match='result of merge.*--init-from'):
+        run(gin_file, merged)
+    assert run(gin_file, tmp_path / 'next', 'Train.steps=1', f'Train.init_from=({str(merged)!r},)', 'Optimizer.learning_rate=0')
+    assert same_parameters(tmp_path / 'next', whole)
+
+
+def test_trouble_in_the_data_stops_after_saving(gin_file, tmp_path, monkeypatch):
+    real = loop.loader.batches
+
+    def breaking(*args):
+        loader, start = real(*args), iter(range(4))
+        step = type(loader).__next__
+
+        def read(self):
+            if next(start, None) is None:
+                raise UserError('rows.jsonl row 7 cannot be read; repair it.')
+            return step(self)
+
+        monkeypatch.setattr(type(loader), '__next__', read)
+        return loader
+
+    monkeypatch.setattr(loop.loader, 'batches', breaking)
+    with pytest.raises(UserError, match='row 7 cannot be read; repair it. Step 4 is saved'):
+        run(gin_file, tmp_path)
+    assert open_checkpoint(tmp_path).metadata.data == {'global_next_index': 32}
+
+
+def test_too_many_bad_samples():
+    record = loop.Record(1, '', num_samples=50, bad_samples=2)
+    assert loop._too_many_bad(record, 0.01, samples_per_epoch=1000) is None  # 2 of 50 says nothing yet
+    assert '2 of 50 samples' in str(loop._too_many_bad(record, 0.01, samples_per_epoch=100))
