@@ -5,7 +5,8 @@ import functools
 import jax
 import numpy as np
 import pytest
-from tiny_model import LLM, PATCH, TEACHER, VOCAB, apply, batch, quick_jit, random_params, strict, vora  # noqa: F401
+from tiny_model import LLM, PATCH, TEACHER, VOCAB, apply, batch, quick_jit, random_params, vora
+from tiny_model import strict  # noqa: F401
 
 from vora_jax.data.packing import Budgets, Text, layout, stack
 from vora_jax.distill import Distillation, cosine

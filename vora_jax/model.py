@@ -44,6 +44,11 @@ class VisionLanguageModel(nn.Module):
             self.frontend = PatchFrontendModule(self.vision, self.llm.width, self.llm.dtype)
         self.decoder = Decoder(self.llm, self.groups, side, self.attend, self.deterministic)
 
+    @property
+    def vocab_size(self) -> int:
+        """Ids the model can read and predict."""
+        return self.llm.vocab_size
+
     def __call__(self, batch: Batch, adapters_on: Array | None = None) -> Output:
         """Runs a batch; `adapters_on: bool[] or bool[B]` switches all adapters (None: on)."""
         context = SlotContext(batch.key_range, batch.modality, adapters_on=adapters_on)

@@ -1,4 +1,5 @@
 """`vora train`: kill, Ctrl-C, resume, mistakes."""
+
 import json
 import os
 import pathlib
@@ -7,25 +8,35 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
+import tiny_run
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / 'training'))
-import toy  # noqa: E402
+from vora_jax.training import checkpoint, record
+from vora_jax.training.checksum import SIDECAR
 
-from vora_jax.training import checkpoint  # noqa: E402
-from vora_jax.training.checksum import SIDECAR  # noqa: E402
-
-STEPS, EVERY = 300, 20
+STEPS, EVERY = 240, 40
 
 
 def command(gin_file: pathlib.Path, workdir: pathlib.Path, *more: str) -> list[str]:
-    return [sys.executable, '-m', 'vora_jax.cli.main', 'train', str(gin_file), '--workdir', str(workdir), *more]
+    return [
+        sys.executable,
+        '-m',
+        'vora_jax.cli.main',
+        'train',
+        str(gin_file),
+        '--workdir',
+        str(workdir),
+        *more,
+    ]
 
 
 def start(arguments: list[str]) -> subprocess.Popen:
     environment = os.environ | {'XLA_FLAGS': '', 'JAX_PLATFORMS': 'cpu'}  # one device
-    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    return subprocess.Popen(
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    )
 
 
 def wait_for(path: pathlib.Path, process: subprocess.Popen) -> None:
@@ -39,19 +50,18 @@ def wait_for(path: pathlib.Path, process: subprocess.Popen) -> None:
 @pytest.fixture(scope='module')
 def gin_file(tmp_path_factory):
     settings = {'Train.steps': STEPS, 'Checkpoint.every_steps': EVERY, 'Checkpoint.keep_last': 100}
-    return toy.write_text_run(tmp_path_factory.mktemp('run'), **settings)
+    return tiny_run.write_text_run(tmp_path_factory.mktemp('run'), **settings)
 
 
 def all_arrays(workdir: pathlib.Path) -> dict[str, bytes]:
     """Every array of the last step, trainable and optimizer, as bytes."""
     folder = checkpoint.step_folder(workdir, checkpoint.latest_step(workdir))
-    stored = checkpoint.ocp.checkpointables_metadata(folder).metadata
     arrays = {}
     for part in ('trainable', 'optimizer'):
         loaded = checkpoint.load_as_numpy(folder, part)
-        for path, leaf in checkpoint.jax.tree_util.tree_leaves_with_path(loaded):
-            arrays[part + checkpoint.jax.tree_util.keystr(path)] = np.asarray(leaf).tobytes()
-    assert set(stored) >= {'trainable', 'optimizer'} and len(arrays) > 20
+        for path, leaf in jax.tree_util.tree_leaves_with_path(loaded):
+            arrays[part + jax.tree_util.keystr(path)] = np.asarray(leaf).tobytes()
+    assert len(arrays) > 20
     return arrays
 
 
@@ -59,11 +69,11 @@ def test_killed_and_interrupted_runs_end_bit_for_bit_like_a_whole_one(gin_file, 
     whole, broken = tmp_path / 'whole', tmp_path / 'broken'
 
     process = start(command(gin_file, broken))
-    wait_for(broken / 'steps' / str(2 * EVERY) / SIDECAR, process)
+    wait_for(broken / 'steps' / str(EVERY) / SIDECAR, process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     reached = checkpoint.latest_step(broken)
-    assert 2 * EVERY <= reached < STEPS
+    assert EVERY <= reached < STEPS
 
     process = start(command(gin_file, broken))
     wait_for(broken / 'steps' / str(reached + EVERY) / SIDECAR, process)
@@ -79,9 +89,11 @@ def test_killed_and_interrupted_runs_end_bit_for_bit_like_a_whole_one(gin_file, 
         assert process.returncode == 0, told
     assert checkpoint.latest_step(broken) == checkpoint.latest_step(whole) == STEPS
     assert all_arrays(broken) == all_arrays(whole)
-    records = [checkpoint.read_record(checkpoint.step_folder(w, STEPS)) for w in (broken, whole)]
-    assert records[0].data == records[1].data and records[0].num_samples == records[1].num_samples
-    rows = [[json.loads(line) for line in (w / 'metrics.jsonl').read_text().splitlines()] for w in (broken, whole)]
+    ends = [record.read_record(checkpoint.step_folder(w, STEPS)) for w in (broken, whole)]
+    assert ends[0].data == ends[1].data and ends[0].num_samples == ends[1].num_samples
+    rows = [
+        [json.loads(line) for line in (w / 'metrics.jsonl').read_text().splitlines()] for w in (broken, whole)
+    ]
     losses = [{row['step']: row['loss'] for row in part} for part in rows]
     assert [row['step'] for row in rows[0]] == sorted({row['step'] for row in rows[0]})
     assert losses[0][STEPS] == losses[1][STEPS]
@@ -90,5 +102,7 @@ def test_killed_and_interrupted_runs_end_bit_for_bit_like_a_whole_one(gin_file, 
 def test_mistakes_are_one_sentence(gin_file, tmp_path):
     process = start(command(gin_file, tmp_path / 'w', '--init-from', str(tmp_path / 'nowhere')))
     told = process.communicate()[0].strip().splitlines()
-    assert process.returncode == 2 and told[-1].startswith('vora: ') and 'nowhere does not exist' in told[-1], told
+    assert (
+        process.returncode == 2 and told[-1].startswith('vora: ') and 'nowhere does not exist' in told[-1]
+    ), told
     assert not any('Traceback' in line for line in told)

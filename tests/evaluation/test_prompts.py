@@ -40,6 +40,18 @@ def test_rows_have_one_size_and_end_with_the_assistant_marker(make_rows, folder)
         assert tokenizer.decode(text).endswith('<|im_start|>assistant\n')
 
 
+def test_pictures_take_their_places_in_the_question(make_rows, folder):
+    red, green = (str(folder / f'images/{number}.png') for number in (0, 1))  # 2 x 2 and 3 x 2 patches
+    batch, = make_rows(Prompt('is <image> like <image>?', (green, red))).batches(1)
+    assert batch.patches.grid[0].tolist() == [[3, 2], [2, 2]]
+    is_vision = (batch.modality[0] == VISION).astype(int)
+    runs = np.flatnonzero(np.diff(is_vision, prepend=0, append=0)).reshape(-1, 2)
+    assert np.diff(runs).ravel().tolist() == [6, 4] and runs[1, 0] > runs[0, 1]  # with text between
+    for image, channel in ((0, 1), (1, 0)):
+        pixels = batch.patches.pixels[0, batch.patches.image_id[0] == image]
+        assert pixels.reshape(-1, 3).mean(0).argmax() == channel
+
+
 def test_a_model_without_pictures_gets_rows_without_patches(make_rows):
     batch, = make_rows(Prompt('what color?'), rule=None).batches(1)
     assert batch.patches is None

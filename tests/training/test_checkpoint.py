@@ -1,4 +1,5 @@
 """Commit, damage, opening, writing."""
+
 import logging
 
 import jax
@@ -41,7 +42,10 @@ def test_opens_the_latest_step_with_trainable_and_frozen_together(tmp_path):
     assert (opened.step, opened.config_text, opened.metadata.data) == (2, 'text 2', {'position': 2})
     flat = flatten(opened.params)
     assert set(flat) == {'adapter/a', 'norm', 'base/kernel'}
-    assert flat['base/kernel'].dtype == jnp.bfloat16 and (flat['base/kernel'] == np.asarray(FROZEN['base']['kernel'])).all()
+    assert (
+        flat['base/kernel'].dtype == jnp.bfloat16
+        and (flat['base/kernel'] == np.asarray(FROZEN['base']['kernel'])).all()
+    )
     assert (flat['adapter/a'] == 2).all()
     assert (checkpoint.open_checkpoint(tmp_path / 'steps' / '1').params['norm'] == 1).all()
 
@@ -108,13 +112,16 @@ def test_saved_arrays_may_be_donated_at_once(tmp_path):
     assert (checkpoint.open_checkpoint(tmp_path).params['x'] == np.arange(3_000_000, dtype=np.float32)).all()
 
 
-@pytest.mark.parametrize('make, words', [
-    (lambda d: d / 'nowhere', 'does not exist'),
-    (lambda d: d, 'an empty folder'),
-    (lambda d: (d / 'x').write_text('') and d / 'x' or d / 'x', 'a file'),
-    (lambda d: (d / 'config.json').write_text('{}') and d, 'a Hugging Face folder'),
-    (lambda d: (d / 'steps').mkdir() or d, 'without a finished step'),
-])
+@pytest.mark.parametrize(
+    'make, words',
+    [
+        (lambda d: d / 'nowhere', 'does not exist'),
+        (lambda d: d, 'an empty folder'),
+        (lambda d: (d / 'x').write_text('') and d / 'x' or d / 'x', 'a file'),
+        (lambda d: (d / 'config.json').write_text('{}') and d, 'a Hugging Face folder'),
+        (lambda d: (d / 'steps').mkdir() or d, 'without a finished step'),
+    ],
+)
 def test_a_path_that_is_no_checkpoint_is_described(tmp_path, make, words):
     with pytest.raises(UserError, match=words):
         checkpoint.open_checkpoint(make(tmp_path))
@@ -129,7 +136,10 @@ def test_written_checkpoint_opens_and_is_not_overwritten(tmp_path):
     opened = checkpoint.open_checkpoint(target)
     assert (opened.step, opened.config_text, opened.metadata.origin) == (7, 'text', 'merge')
     assert (opened.params['a']['b'] == params['a']['b']).all() and opened.params['c'].dtype == jnp.bfloat16
-    assert opened.tokenizer_dir == str(target / 'tokenizer') and (target / 'tokenizer' / 'tokenizer.model').exists()
+    assert (
+        opened.tokenizer_dir == str(target / 'tokenizer')
+        and (target / 'tokenizer' / 'tokenizer.model').exists()
+    )
     with pytest.raises(UserError, match='already holds a run'):
         checkpoint.write_checkpoint(target, params, 'text', str(tmp_path / 'tokenizer'))
 

@@ -1,9 +1,10 @@
 """Identity, free fields and validation."""
+
 import dataclasses
 
 import jax
 import pytest
-import toy
+import tiny_run
 
 from vora_jax.data.config import Data, Source
 from vora_jax.training import sharding
@@ -11,28 +12,40 @@ from vora_jax.training.config import Mesh, Optimizer, Train, differences, first_
 from vora_jax.types import UserError
 
 DATA = Data((Source('rows.jsonl'),), 'tokenizer')
-RUN = Train(toy.vora(), DATA, 'pretrain', steps=10, batch_rows=8)
+RUN = Train(tiny_run.vora(), DATA, 'pretrain', steps=10, batch_rows=8)
 
 
-@pytest.mark.parametrize('changes, path', [
-    ({'seed': 1}, 'Train.seed'),
-    ({'batch_rows': 16}, 'Train.batch_rows'),
-    ({'stage': 'finetune'}, 'Train.stage'),
-    ({'optimizer': Optimizer(b2=0.9)}, 'Train.optimizer.b2'),
-    ({'data': dataclasses.replace(DATA, max_slots=9)}, 'Train.data.max_slots'),
-    ({'data': dataclasses.replace(DATA, sources=(Source('a'), Source('b')))}, 'Train.data.sources'),
-    ({'method': toy.vora(dropout=0.1)}, "Train.method.stages['pretrain'].model.groups[0].adapters[0][1][0].dropout"),
-])
+@pytest.mark.parametrize(
+    'changes, path',
+    [
+        ({'seed': 1}, 'Train.seed'),
+        ({'batch_rows': 16}, 'Train.batch_rows'),
+        ({'stage': 'finetune'}, 'Train.stage'),
+        ({'optimizer': Optimizer(b2=0.9)}, 'Train.optimizer.b2'),
+        ({'data': dataclasses.replace(DATA, max_slots=9)}, 'Train.data.max_slots'),
+        ({'data': dataclasses.replace(DATA, sources=(Source('a'), Source('b')))}, 'Train.data.sources'),
+        (
+            {'method': tiny_run.vora(dropout=0.1)},
+            "Train.method.stages['pretrain'].model.groups[0].adapters[0][1][0].dropout",
+        ),
+    ],
+)
 def test_identity_fields_must_agree(changes, path):
     difference = first_difference(RUN, dataclasses.replace(RUN, **changes))
     assert difference.path == path
     assert difference.old != difference.new
 
 
-@pytest.mark.parametrize('changes', [
-    {'steps': 20}, {'mesh': Mesh(8)}, {'workers': 2}, {'log_every': 1},
-    {'data': dataclasses.replace(DATA, tokenizer='moved', sources=(Source('moved.jsonl'),))},
-])
+@pytest.mark.parametrize(
+    'changes',
+    [
+        {'steps': 20},
+        {'mesh': Mesh(8)},
+        {'workers': 2},
+        {'log_every': 1},
+        {'data': dataclasses.replace(DATA, tokenizer='moved', sources=(Source('moved.jsonl'),))},
+    ],
+)
 def test_free_fields_may_change_and_are_listed(changes):
     other = dataclasses.replace(RUN, **changes)
     assert first_difference(RUN, other) is None
@@ -41,7 +54,9 @@ def test_free_fields_may_change_and_are_listed(changes):
 
 def test_remat_and_attention_are_free():
     stage = RUN.method.stage('pretrain')
-    model = stage.model.clone(llm=dataclasses.replace(stage.model.llm, remat='full'), attend=lambda *args: None)
+    model = stage.model.clone(
+        llm=dataclasses.replace(stage.model.llm, remat='full'), attend=lambda *args: None
+    )
     stages = RUN.method.stages | {'pretrain': dataclasses.replace(stage, model=model)}
     other = dataclasses.replace(RUN, method=dataclasses.replace(RUN.method, stages=stages))
     assert first_difference(RUN, other) is None
@@ -49,18 +64,21 @@ def test_remat_and_attention_are_free():
 
 
 def test_equal_runs_do_not_differ():
-    again = Train(toy.vora(), DATA, 'pretrain', steps=10, batch_rows=8)
+    again = Train(tiny_run.vora(), DATA, 'pretrain', steps=10, batch_rows=8)
     assert list(differences(RUN, again)) == []
 
 
-@pytest.mark.parametrize('changes, words', [
-    ({'steps': 0}, ('Train.steps', '0')),
-    ({'accumulation': 3}, ('Train.batch_rows', '8', 'Train.accumulation = 3')),
-    ({'stage': 'pretain'}, ('Train.stage', "'pretain'", 'pretrain')),
-    ({'optimizer': Optimizer(schedule='cosine')}, ('Optimizer.decay_steps',)),
-    ({'optimizer': Optimizer(learning_rate=-1.0)}, ('Optimizer.learning_rate', '-1')),
-    ({'frozen_dtype': 'float16'}, ('Train.frozen_dtype', 'bfloat16')),
-])
+@pytest.mark.parametrize(
+    'changes, words',
+    [
+        ({'steps': 0}, ('Train.steps', '0')),
+        ({'accumulation': 3}, ('Train.batch_rows', '8', 'Train.accumulation = 3')),
+        ({'stage': 'pretain'}, ('Train.stage', "'pretain'", 'pretrain')),
+        ({'optimizer': Optimizer(schedule='cosine')}, ('Optimizer.decay_steps',)),
+        ({'optimizer': Optimizer(learning_rate=-1.0)}, ('Optimizer.learning_rate', '-1')),
+        ({'frozen_dtype': 'float16'}, ('Train.frozen_dtype', 'bfloat16')),
+    ],
+)
 def test_senseless_values_are_named(changes, words):
     with pytest.raises(UserError) as error:
         validate(dataclasses.replace(RUN, **changes))
@@ -81,4 +99,4 @@ def test_rows_and_dimensions_must_divide_over_the_mesh():
         sharding.check_rows(dataclasses.replace(RUN, accumulation=2), mesh)
     sharding.check_rows(RUN, mesh)
     with pytest.raises(UserError, match='which the 4 devices of tensor do not divide'):
-        toy.start(toy.narrow(), toy.batch(rows=8), (1, 1, 4))
+        tiny_run.start(tiny_run.narrow(), tiny_run.batch(rows=8), (1, 1, 4))

@@ -1,4 +1,5 @@
 """Parameters from other checkpoints."""
+
 import jax
 import numpy as np
 import pytest
@@ -15,8 +16,10 @@ def folder(tmp_path_factory):
     (root / 'tokenizer').mkdir()
     layers = np.arange(3 * 4, dtype=np.float32).reshape(3, 4)
     lm = {'decoder': {'embedding': np.ones((5, 4), np.float32), 'layers': {'group_0': {'kernel': layers}}}}
-    tagger = {'encoder': {'embed': {'kernel': np.full((2, 2), 7, np.float32)}, 'norm': np.ones(2, np.float32)},
-              'head': np.zeros((2, 5), np.float32)}
+    tagger = {
+        'encoder': {'embed': {'kernel': np.full((2, 2), 7, np.float32)}, 'norm': np.ones(2, np.float32)},
+        'head': np.zeros((2, 5), np.float32),
+    }
     for name, params in (('lm', lm), ('tagger', tagger)):
         write_checkpoint(root / name, params, '', str(root / 'tokenizer'))
     return root
@@ -27,30 +30,48 @@ def shapes(**paths):
 
 
 def test_whole_checkpoint_gives_common_paths_over_other_layer_groups(folder):
-    wanted = shapes(decoder__embedding=(5, 4), decoder__layers__group_0__kernel=(2, 4),
-                    decoder__layers__group_0__adapter=(2, 4), decoder__layers__group_1__kernel=(1, 4), frontend__x=(2,))
+    wanted = shapes(
+        decoder__embedding=(5, 4),
+        decoder__layers__group_0__kernel=(2, 4),
+        decoder__layers__group_0__adapter=(2, 4),
+        decoder__layers__group_1__kernel=(1, 4),
+        frontend__x=(2,),
+    )
     taken = init_from.take([str(folder / 'lm')], wanted)
-    assert set(taken) == {'decoder/embedding', 'decoder/layers/group_0/kernel', 'decoder/layers/group_1/kernel'}
+    assert set(taken) == {
+        'decoder/embedding',
+        'decoder/layers/group_0/kernel',
+        'decoder/layers/group_1/kernel',
+    }
     np.testing.assert_array_equal(taken['decoder/layers/group_1/kernel'], [[8, 9, 10, 11]])
 
 
 def test_subtrees_go_where_they_are_sent(folder):
-    wanted = shapes(teacher__embed__kernel=(2, 2), teacher__norm=(2,), frontend__embed__kernel=(2, 2), other=(1,))
+    wanted = shapes(
+        teacher__embed__kernel=(2, 2), teacher__norm=(2,), frontend__embed__kernel=(2, 2), other=(1,)
+    )
     tagger = folder / 'tagger'
     taken = init_from.take([f'teacher={tagger}:encoder', f'frontend/embed={tagger}:encoder/embed'], wanted)
     assert set(taken) == {'teacher/embed/kernel', 'teacher/norm', 'frontend/embed/kernel'}
     assert (taken['frontend/embed/kernel'] == 7).all()
 
 
-@pytest.mark.parametrize('entry, wanted, words', [
-    ('{}/tagger', shapes(decoder__x=(1,)), 'gives none of the parameters'),
-    ('{}/lm', shapes(decoder__embedding=(6, 4)), r'\(5, 4\).*\(6, 4\)'),
-    ('{}/lm', shapes(decoder__layers__group_0__kernel=(4, 4)), '3 layers does not fit a model of 4'),
-    ('teacher={}/tagger:vit', shapes(teacher__norm=(2,)), 'no parameters at vit; it has encoder'),
-    ('teacher={}/tagger:encoder', shapes(teacher__norm=(2,), teacher__gate=(2,)), 'leaves teacher/gate without a value'),
-    ('teacher={}/tagger', shapes(teacher__norm=(2,)), 'cannot read'),
-    ('{}/nowhere', shapes(a=(1,)), 'does not exist'),
-])
+@pytest.mark.parametrize(
+    'entry, wanted, words',
+    [
+        ('{}/tagger', shapes(decoder__x=(1,)), 'gives none of the parameters'),
+        ('{}/lm', shapes(decoder__embedding=(6, 4)), r'\(5, 4\).*\(6, 4\)'),
+        ('{}/lm', shapes(decoder__layers__group_0__kernel=(4, 4)), '3 layers does not fit a model of 4'),
+        ('teacher={}/tagger:vit', shapes(teacher__norm=(2,)), 'no parameters at vit; it has encoder'),
+        (
+            'teacher={}/tagger:encoder',
+            shapes(teacher__norm=(2,), teacher__gate=(2,)),
+            'leaves teacher/gate without a value',
+        ),
+        ('teacher={}/tagger', shapes(teacher__norm=(2,)), 'cannot read'),
+        ('{}/nowhere', shapes(a=(1,)), 'does not exist'),
+    ],
+)
 def test_mistakes_are_told(folder, entry, wanted, words):
     with pytest.raises(UserError, match=words):
         init_from.take([entry.format(folder)], wanted)

@@ -1,11 +1,12 @@
 """Runs on disk: resume, refusal, damage, bad samples."""
+
 import json
 import logging
 import pathlib
 
 import numpy as np
 import pytest
-import toy
+import tiny_run
 
 from vora_jax.cli import gin_config
 from vora_jax.params import flatten
@@ -23,7 +24,9 @@ def told(caplog):
 
 @pytest.fixture(scope='module')
 def gin_file(tmp_path_factory):
-    return toy.write_text_run(tmp_path_factory.mktemp('run'), **{'Train.batch_rows': 8, 'Mesh.data': 8, 'Mesh.fsdp': 1})
+    return tiny_run.write_text_run(
+        tmp_path_factory.mktemp('run'), **{'Train.batch_rows': 8, 'Mesh.data': 8, 'Mesh.fsdp': 1}
+    )
 
 
 def run(gin_file: pathlib.Path, workdir: pathlib.Path, *bindings: str) -> bool:
@@ -72,12 +75,39 @@ def test_damage_falls_back_and_training_repeats_the_steps(gin_file, whole, tmp_p
     assert same_parameters(tmp_path, whole)
 
 
-@pytest.mark.parametrize('binding, words', [
-    ('Train.seed=1', 'Train.seed was 0 there and is 1 now'),
-    ('LanguageModel.width=32', r'llm\.width was 16 there and is 32 now'),
-    ('Optimizer.learning_rate=0.5', r'optimizer\.learning_rate was 0\.01'),
-    ('Train.batch_rows=12', '12 rows, which the 8 devices'),
-])
+def test_frozen_weights_are_written_once_and_found_again(gin_file, tmp_path):
+    """A method with frozen weights, held in bf16, resumed after each step."""
+    vora = gin_file.with_name('vora.gin')
+    vora.write_text(
+        gin_file.read_text().replace('@language_model()', '@vora()')
+        + "Train.frozen_dtype = 'bfloat16'\n"
+        + (
+            'PatchEmbed.patch_size = 4\nPatchEmbed.width = 8\nPatchEmbed.table_rows = '
+            '2\nPatchEmbed.table_cols = 2\n'
+            'Vit.num_layers = 1\nVit.mlp_width = 8\nVit.num_heads = 2\nvora.rank = '
+            '2\nvora.num_adapted_layers = 1\n'
+            'Data.max_patches = 4\n'
+        )
+    )
+    for steps in (1, 2):
+        assert run(vora, tmp_path / 'broken', f'Train.steps={steps}')
+    assert run(vora, tmp_path / 'whole', 'Train.steps=2')
+    assert same_parameters(tmp_path / 'broken', tmp_path / 'whole')
+    assert len(list((tmp_path / 'broken' / 'frozen').iterdir())) == 1
+    flat = flatten(open_checkpoint(tmp_path / 'whole').params)
+    assert {str(leaf.dtype) for path, leaf in flat.items() if '/adapter_' in path} == {'float32'}
+    assert flat['decoder/embedding'].dtype == 'bfloat16'
+
+
+@pytest.mark.parametrize(
+    'binding, words',
+    [
+        ('Train.seed=1', 'Train.seed was 0 there and is 1 now'),
+        ('LanguageModel.width=32', r'llm\.width was 16 there and is 32 now'),
+        ('Optimizer.learning_rate=0.5', r'optimizer\.learning_rate was 0\.01'),
+        ('Train.batch_rows=12', '12 rows, which the 8 devices'),
+    ],
+)
 def test_another_run_is_refused(gin_file, whole, binding, words):
     with pytest.raises(UserError, match=words):
         run(gin_file, whole, 'Train.steps=20', binding)
@@ -85,7 +115,7 @@ def test_another_run_is_refused(gin_file, whole, binding, words):
 
 def test_other_data_is_refused_although_paths_may_move(gin_file, whole, tmp_path):
     moved = tmp_path / 'moved.jsonl'
-    moved.write_text('\n'.join(json.dumps(row) for row in toy.questions()[::-1]))
+    moved.write_text('\n'.join(json.dumps(row) for row in tiny_run.questions()[::-1]))
     with pytest.raises(UserError, match=r'sources\[0\].path was .* content of samples or tokenizer is not'):
         run(gin_file, whole, 'Train.steps=20', f'Source.path={str(moved)!r}')
 
@@ -98,7 +128,13 @@ def test_a_merged_checkpoint_is_not_trained_in_place(gin_file, whole, tmp_path):
     write_checkpoint(merged, opened.params, opened.config_text, opened.tokenizer_dir)
     with pytest.raises(UserError, match='result of merge.*--init-from'):
         run(gin_file, merged)
-    assert run(gin_file, tmp_path / 'next', 'Train.steps=1', f'Train.init_from=({str(merged)!r},)', 'Optimizer.learning_rate=0')
+    assert run(
+        gin_file,
+        tmp_path / 'next',
+        'Train.steps=1',
+        f'Train.init_from=({str(merged)!r},)',
+        'Optimizer.learning_rate=0',
+    )
     assert same_parameters(tmp_path / 'next', whole)
 
 

@@ -1,4 +1,5 @@
 """Rows on disk and their summary."""
+
 import json
 
 import numpy as np
@@ -7,15 +8,25 @@ from vora_jax.training.metrics import Log, summarise
 
 
 def step(loss, tokens=8):
-    return {name: np.asarray(value) for name, value in {
-        'loss': np.float32(loss), 'lr': np.float32(loss), 'num_text_tokens': np.int32(tokens), 'num_vision_tokens': np.int32(0),
-        'pad_fraction': np.float32(0.5), 'bad_samples': np.int32(1), 'distill_layers': np.float32([loss, 1.0]),
-    }.items()}
+    return {
+        name: np.asarray(value)
+        for name, value in {
+            'loss': np.float32(loss),
+            'lr': np.float32(loss),
+            'num_text_tokens': np.int32(tokens),
+            'num_vision_tokens': np.int32(0),
+            'pad_fraction': np.float32(0.5),
+            'bad_samples': np.int32(1),
+            'distill_layers': np.float32([loss, 1.0]),
+        }.items()
+    }
 
 
 def test_summary_sums_counts_and_means_the_rest():
     row = summarise([step(1.0), step(3.0)])
-    assert row['loss'] == 2.0 and row['lr'] == 3.0 and row['num_text_tokens'] == 16 and row['bad_samples'] == 2
+    assert (
+        row['loss'] == 2.0 and row['lr'] == 3.0 and row['num_text_tokens'] == 16 and row['bad_samples'] == 2
+    )
     assert row['distill_layers'] == [2.0, 1.0]
 
 

@@ -1,4 +1,5 @@
 """Schedule, decay, clipping, learning-rate patterns."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -58,5 +59,7 @@ def test_gradients_are_clipped_by_their_global_norm():
     config = Optimizer(1.0, clip_norm=0.5)
     transform = optimizer.create(config, PARAMS)
     _, state = transform.update(gradients, transform.init(PARAMS), PARAMS)
-    first_moment = next(part.mu for part in jax.tree.leaves(state, is_leaf=lambda s: hasattr(s, 'mu')) if hasattr(part, 'mu'))
+    first_moment = next(
+        part.mu for part in jax.tree.leaves(state, is_leaf=lambda s: hasattr(s, 'mu')) if hasattr(part, 'mu')
+    )
     np.testing.assert_allclose(optax.global_norm(first_moment), 0.5 * (1 - config.b1), rtol=1e-5)

@@ -1,10 +1,11 @@
 """Gradients, accumulation, freezing, meshes."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import toy
+import tiny_run
 
 from vora_jax.params import flatten
 
@@ -16,15 +17,17 @@ def host(tree):
 @pytest.fixture(scope='module')
 def pretrain():
     """(state, frozen, step) of the pretraining stage, compiled once; a step takes a copy of the state."""
-    _, state, frozen, step = toy.start(toy.vora().stage('pretrain'), toy.batch())
+    _, state, frozen, step = tiny_run.start(tiny_run.vora().stage('pretrain'), tiny_run.batch())
     return state, frozen, lambda batch: step(jax.tree.map(jnp.copy, state), frozen, batch)
 
 
 def test_accumulation_gives_the_gradient_of_the_whole_batch():
-    stage, batch = toy.vora().stage('pretrain'), toy.batch(1)
+    stage, batch = tiny_run.vora().stage('pretrain'), tiny_run.batch(1)
     results = []
     for accumulation in (1, 4):
-        _, state, frozen, step = toy.start(stage, batch, accumulation=accumulation, optimizer=optax.sgd(1.0))
+        _, state, frozen, step = tiny_run.start(
+            stage, batch, accumulation=accumulation, optimizer=optax.sgd(1.0)
+        )
         before = host(state.trainable)
         after, metrics = step(state, frozen, batch)
         after = host(after.trainable)
@@ -44,7 +47,7 @@ def test_frozen_leaves_have_no_state_and_do_not_change(pretrain):
     assert trainable.keys().isdisjoint(before) and any(path.startswith('teacher/') for path in before)
     moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
     assert sum(leaf.size for leaf in moments) == 2 * sum(leaf.size for leaf in trainable.values())
-    state, _ = step(toy.batch(2))
+    state, _ = step(tiny_run.batch(2))
     after = host(state.trainable)
     assert all((after[path] != trainable[path]).any() for path in after)
     assert all((value == before[path]).all() for path, value in host(frozen).items())
@@ -52,10 +55,12 @@ def test_frozen_leaves_have_no_state_and_do_not_change(pretrain):
 
 
 def test_a_batch_without_pictures_has_no_distillation_loss_and_no_nan(pretrain):
-    batch = toy.batch(3)
+    batch = tiny_run.batch(3)
     patches = jax.tree.map(np.zeros_like, batch.patches)
-    patches = patches._replace(**{name: np.full_like(getattr(patches, name), -1) for name in ('row', 'col', 'image_id')})
-    text = toy.batch(3, text_only=True)
+    patches = patches._replace(
+        **{name: np.full_like(getattr(patches, name), -1) for name in ('row', 'col', 'image_id')}
+    )
+    text = tiny_run.batch(3, text_only=True)
     empty = np.full_like(batch.vision_slot, -1)
     batch = text._replace(patches=patches, vision_slot=empty, vision_source=np.zeros_like(empty))
     state, metrics = pretrain[2](batch)
@@ -66,7 +71,7 @@ def test_a_batch_without_pictures_has_no_distillation_loss_and_no_nan(pretrain):
 
 
 def test_metrics_count_what_the_batch_holds(pretrain):
-    batch = toy.batch(4)
+    batch = tiny_run.batch(4)
     _, metrics = pretrain[2](batch)
     assert metrics['num_vision_tokens'] == (batch.modality == 2).sum()
     assert metrics['num_text_tokens'] == (batch.modality == 1).sum()
@@ -78,8 +83,10 @@ def test_metrics_count_what_the_batch_holds(pretrain):
 
 
 def test_dropout_differs_between_steps_and_repeats_for_a_step():
-    batch = toy.batch(5)
-    _, start, frozen, step = toy.start(toy.vora(dropout=0.5).stage('pretrain'), batch, optimizer=optax.sgd(0.0))
+    batch = tiny_run.batch(5)
+    _, start, frozen, step = tiny_run.start(
+        tiny_run.vora(dropout=0.5).stage('pretrain'), batch, optimizer=optax.sgd(0.0)
+    )
     losses = []
     for _ in range(2):
         state = jax.tree.map(jnp.copy, start)
@@ -95,11 +102,13 @@ def on_one_device():
 
 
 def run_two_steps(sizes):
-    batch = toy.batch(6)
+    batch = tiny_run.batch(6)
     # Uneven masks: some rows have many targets, one has none at all.
     mask = batch.loss_mask * (np.arange(8) % 3 == 0)[:, None]
     batch = batch._replace(loss_mask=mask.astype(np.float32))
-    _, state, frozen, step = toy.start(toy.vora().stage('pretrain'), batch, sizes, optimizer=optax.sgd(0.1))
+    _, state, frozen, step = tiny_run.start(
+        tiny_run.vora().stage('pretrain'), batch, sizes, optimizer=optax.sgd(0.1)
+    )
     rows = []
     for _ in range(2):
         state, metrics = step(state, frozen, batch)

@@ -15,10 +15,12 @@ vora train configs/vora.gin --workdir runs/vora --init-from teacher=runs/tagger:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `vora train`."""
     parser.add_argument('config', metavar='CONFIG', help='.gin file of the stage')
-    parser.add_argument('--workdir', required=True, metavar='DIR', help='folder of the run: checkpoints, metrics, configuration')
+    parser.add_argument('--workdir', required=True, metavar='DIR', help='folder of the run: checkpoints, '
+                                                                        'metrics, configuration')
     parser.add_argument(
         '--init-from', action='append', default=[], metavar='CKPT', dest='init_from',
-        help='start from the parameters of a checkpoint: CKPT for all that fit, or TARGET=CKPT:SOURCE for a subtree '
+        help='start from the parameters of a checkpoint: CKPT for all that fit, or TARGET=CKPT:SOURCE for a '
+             'subtree '
              '(repeatable; added to Train.init_from)',
     )
 
@@ -31,7 +33,8 @@ def run(args: argparse.Namespace) -> int:
         entries = (*config.init_from, *args.init_from)
         config, text = gin_config.load('Train', texts=[text], bindings=[f'Train.init_from={entries!r}'])
     _show_messages()
-    from vora_jax.cli.processes import join_processes  # late: mistakes in the configuration are told without JAX
+    # Late: mistakes in the configuration are told before JAX and Orbax are loaded.
+    from vora_jax.cli.processes import join_processes
     from vora_jax.training.loop import train
     with join_processes():
         complete = train(config, text, args.workdir, _parse)

@@ -120,16 +120,18 @@ class Loader:
         manifest: sha256 of the sources' content and the tokenizer: equal ones and equal `Data` give
             equal batches.
         num_samples: samples of all sources.
+        vocab_size: ids the tokenizer can give.
         num_rows: rows of one epoch.
         warnings: one sentence for each bad sample met so far (with workers: only those found
             while measuring).
     """
 
-    def __init__(self, rows: Rows, iterator: ElasticIterator, manifest: str, num_samples: int):
+    def __init__(self, rows: Rows, iterator: ElasticIterator, manifest: str, samples: Samples):
         self._rows, self._opened = rows, [iterator]
         # grain's iterators complain when they are still alive while Python takes its modules down.
         self._finalizer = weakref.finalize(self, _release, self._opened)
-        self.manifest, self.num_samples, self.num_rows = manifest, num_samples, len(rows)
+        self.manifest, self.num_samples, self.num_rows = manifest, len(samples), len(rows)
+        self.vocab_size = samples.vocab_size
 
     @property
     def warnings(self) -> list[str]:
@@ -196,7 +198,7 @@ def batches(data: Data, rule: VisionTokenRule | None, batch_rows: int, seed: int
         dataset, batch_rows, grain.sharding.ShardOptions(index, count),
         read_options=grain.ReadOptions(num_threads=2, prefetch_buffer_size=4),
         multiprocessing_options=options)
-    return Loader(rows, iterator, _manifest(samples, data), len(samples))
+    return Loader(rows, iterator, _manifest(samples, data), samples)
 
 
 def _manifest(samples: Samples, data: Data) -> str:

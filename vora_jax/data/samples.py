@@ -23,12 +23,14 @@ class Samples:
 
     Attributes:
         sizes: samples of each source.
+        vocab_size: ids the tokenizer can give.
         budgets: sizes of a row; without a rule a row has no patches.
     """
 
     def __init__(self, data: Data, rule: VisionTokenRule | None, cache_bytes: int = CACHE_BYTES):
         self._data, self._rule = data, rule
         self._tokenizer, self._template = load_tokenizer(data.tokenizer), find_template(data.template)
+        self.vocab_size = self._tokenizer.vocab_size
         self._sources = [JsonLines(source.path) for source in data.sources]
         self._roots = [source.image_root or os.path.dirname(source.path) for source in data.sources]
         self.sizes = [len(source) for source in self._sources]

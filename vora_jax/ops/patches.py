@@ -1,4 +1,4 @@
-"""2-D position tables: initial values, sampling on any grid."""
+"""Position tables sampled on any grid."""
 import jax
 import jax.numpy as jnp
 
@@ -27,19 +27,3 @@ def sample_position_table(table: jax.Array, row: jax.Array, col: jax.Array, grid
     upper = table[top, left] * (1.0 - across) + table[top, right] * across
     lower = table[bottom, left] * (1.0 - across) + table[bottom, right] * across
     return upper * (1.0 - down) + lower * down
-
-
-def sincos_table(rows: int, cols: int, width: int) -> jax.Array:
-    """f32[rows, cols, width]: sines and cosines of row and column at width / 4 frequencies each (MoCo v3; width % 4 == 0).
-
-    A start of unit scale beside normed patches; a small random one leaves an encoder blind to places for long.
-    """
-    frequencies = 1.0 / 10000.0 ** (jnp.arange(width // 4, dtype=jnp.float32) / (width // 4))
-
-    def waves(count):
-        angles = jnp.arange(count, dtype=jnp.float32)[:, None] * frequencies[None]
-        return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
-
-    by_row = jnp.broadcast_to(waves(rows)[:, None], (rows, cols, width // 2))
-    by_col = jnp.broadcast_to(waves(cols)[None], (rows, cols, width // 2))
-    return jnp.concatenate([by_row, by_col], axis=-1)

@@ -3,7 +3,8 @@
     workdir/config.gin              resolved configuration
     workdir/tokenizer/              the tokenizer of the run
     workdir/frozen/HASH/            frozen weights, once, under the hash of their content
-    workdir/steps/N/                trainable weights, optimizer state, and a record: data position, configuration, ...
+    workdir/steps/N/                trainable weights, optimizer state, and a record: data position,
+    configuration, ...
 
 Each folder is written by Orbax and committed by a checksum file (`training.checksum`).
 """
@@ -53,11 +54,13 @@ def open_checkpoint(path: str | pathlib.Path) -> Opened:
     """
     folder = pathlib.Path(path)
     if not folder.exists():
-        raise UserError(f'{path} does not exist; give a workdir of `vora train`, or one of its steps (WORKDIR/steps/N).')
+        raise UserError(f'{path} does not exist; give a workdir of `vora train`, or one of its steps '
+                        '(WORKDIR/steps/N).')
     if folder.parent.name == 'steps' and folder.name.isdigit():
         workdir = folder.parent.parent
         if not checksum.is_committed(folder):
-            raise UserError(f'{path} was never finished; give its workdir {workdir} to take the latest good step.')
+            raise UserError(f'{path} was never finished; give its workdir {workdir} to take the latest good '
+                            'step.')
         raise_if_damaged(folder)
     elif (folder / 'steps').is_dir():
         workdir, step = folder, latest_step(folder)
@@ -66,7 +69,8 @@ def open_checkpoint(path: str | pathlib.Path) -> Opened:
         folder = step_folder(workdir, step)
     else:
         raise UserError(
-            f'{path} is no checkpoint (it is {_describe(folder)}); give a workdir of `vora train`, or one of its steps '
+            f'{path} is no checkpoint (it is {_describe(folder)}); give a workdir of `vora train`, or one of '
+            'its steps '
             '(WORKDIR/steps/N).'
         )
     record = read_record(folder)
@@ -75,11 +79,13 @@ def open_checkpoint(path: str | pathlib.Path) -> Opened:
     if record.frozen:
         source = frozen_folder(workdir, record.frozen)
         if not source.is_dir():
-            raise UserError(f'{folder} needs the frozen weights in {source}, which are missing; keep the workdir whole.')
+            raise UserError(f'{folder} needs the frozen weights in {source}, which are missing; keep the '
+                            'workdir whole.')
         raise_if_damaged(source)
         frozen = load_as_numpy(source, 'frozen')
     params = combine(trainable, frozen)
-    return Opened(record.config_text, record.step, params, str(workdir / 'tokenizer'), record, workdir, folder)
+    tokenizer = str(workdir / 'tokenizer')
+    return Opened(record.config_text, record.step, params, tokenizer, record, workdir, folder)
 
 
 def write_checkpoint(
@@ -90,7 +96,8 @@ def write_checkpoint(
     step: int = 0,
     origin: str = 'merge',
 ) -> pathlib.Path:
-    """The folder of a new workdir's only step, which holds parameters (NumPy or JAX arrays) and no optimizer state.
+    """The folder of a new workdir's only step, which holds parameters (NumPy or JAX arrays) and no optimizer
+    state.
 
     Raises:
         UserError: the workdir already holds steps.
@@ -103,9 +110,8 @@ def write_checkpoint(
     folder = step_folder(workdir, step)
     record = Record(step, config_text, origin=origin)
     with orbax_options():
-        ocp.save_checkpointables(
-            folder.absolute(), {'trainable': params}, custom_metadata=dataclasses.asdict(record), overwrite=True
-        )
+        stored, arrays = dataclasses.asdict(record), {'trainable': params}
+        ocp.save_checkpointables(folder.absolute(), arrays, custom_metadata=stored, overwrite=True)
     checksum.commit(folder)
     return folder
 
@@ -116,7 +122,8 @@ def write_config(workdir: pathlib.Path, config_text: str) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
         (workdir / 'config.gin').write_text(config_text)
     except OSError as error:
-        raise UserError(f'cannot write to the workdir {workdir}: {error.strerror}; give another --workdir.') from None
+        raise UserError(f'cannot write to the workdir {workdir}: {error.strerror}; give another '
+                        '--workdir.') from None
 
 
 def copy_tokenizer(folder: str, workdir: pathlib.Path) -> None:
@@ -148,7 +155,8 @@ def step_numbers(workdir: pathlib.Path, committed: bool = True) -> list[int]:
 
 
 def latest_step(workdir: pathlib.Path) -> int | None:
-    """The newest step that is finished and sound; None where no step was ever finished. Newer damaged ones are told.
+    """The newest step that is finished and sound; None where no step was ever finished. Newer damaged ones
+    are told.
 
     Raises:
         UserError: every finished step is damaged.
@@ -163,11 +171,13 @@ def latest_step(workdir: pathlib.Path) -> int | None:
         if not damaged:
             return step
         log.warning(
-            'DAMAGED CHECKPOINT: %s: %d of its files changed since they were written (first %s); taking an older step.',
+            'DAMAGED CHECKPOINT: %s: %d of its files changed since they were written (first %s); taking an '
+            'older step.',
             folder, len(damaged), damaged[0],
         )
     if finished:
-        raise UserError(f'every checkpoint in {workdir / "steps"} is damaged; restore them, or start in a new workdir.')
+        raise UserError(f'every checkpoint in {workdir / "steps"} is damaged; restore them, or start in a '
+                        'new workdir.')
     return None
 
 
@@ -203,7 +213,8 @@ def raise_if_damaged(folder: pathlib.Path) -> None:
     """Raises UserError if a committed folder has changed since it was written."""
     damaged = checksum.damaged_files(folder)
     if damaged:
-        raise UserError(f'{folder} is damaged: {len(damaged)} of its files changed since they were written, the first is '
+        raise UserError(f'{folder} is damaged: {len(damaged)} of its files changed since they were written, '
+                        'the first is '
                         f'{damaged[0]}; take another step or a copy.')
 
 
@@ -213,4 +224,4 @@ def _describe(path: pathlib.Path) -> str:
     names = sorted(child.name for child in path.iterdir())
     if 'config.json' in names:
         return 'a Hugging Face folder'
-    return f'a folder with {", ".join(names[:3])}{", ..." if len(names) > 3 else ""}' if names else 'an empty folder'
+    return f'a folder with {", ".join(names[:3])}' if names else 'an empty folder'

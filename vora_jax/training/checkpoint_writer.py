@@ -16,8 +16,8 @@ from vora_jax.types import Params
 class Writer:
     """Saves steps; at most one save is under way.
 
-    `save` returns when the arrays are copied to the host. A thread then waits for the files, writes the checksum file
-    (now the step counts) and deletes the oldest steps. A failure is raised by the next call.
+    `save` returns when the arrays are copied to the host. A thread then waits for the files, writes the
+    checksum file (now the step counts) and deletes the oldest steps. A failure is raised by the next call.
     """
 
     def __init__(self, workdir: pathlib.Path, keep_last: int):
@@ -30,7 +30,7 @@ class Writer:
             _remove_unfinished(workdir)
 
     def save_frozen(self, frozen: Params) -> str:
-        """Writes the frozen weights unless they are there; returns the hash of their content ('' for none)."""
+        """The hash of the frozen weights' content ('' for none); writes them unless they are there."""
         content = content_hash(frozen)
         folder = checkpoint.frozen_folder(self._workdir, content)
         if content and not checksum.is_committed(folder):
@@ -45,8 +45,8 @@ class Writer:
         self.wait()
         folder = checkpoint.step_folder(self._workdir, record.step)
         arrays = {'trainable': trainable, 'optimizer': opt_state}
-        # Our own folders and deletion, not Orbax's Checkpointer: its default policy skips saves while one is under way,
-        # and it deletes old steps before the new one is committed.
+        # Our own folders and deletion, not Orbax's Checkpointer: its default policy skips saves while one is
+        # under way, and it deletes old steps before the new one is committed.
         with checkpoint.orbax_options():
             response = ocp.save_checkpointables_async(
                 folder.absolute(), arrays, custom_metadata=dataclasses.asdict(record), overwrite=True

@@ -1,7 +1,7 @@
 """Checksum sidecars: what makes a checkpoint committed.
 
-Orbax does not notice a flipped byte in an array file. So each checkpoint folder gets a file with the sha256 of all its
-files, written last: a folder without it was never finished, one that disagrees with it is damaged.
+Orbax does not notice a flipped byte in an array file. So each checkpoint folder gets a file with the sha256
+of all its files, written last: a folder without it was never finished, one that disagrees with it is damaged.
 """
 import concurrent.futures
 import hashlib
@@ -16,7 +16,8 @@ def digest(folder: pathlib.Path) -> dict[str, str]:
     """{relative path: sha256} of every file below a folder except the sidecar itself."""
     files = sorted(path for path in folder.rglob('*') if path.is_file() and path.name != SIDECAR)
     with concurrent.futures.ThreadPoolExecutor(4) as pool:  # hashlib releases the interpreter lock
-        return dict(zip((str(path.relative_to(folder)) for path in files), pool.map(_sha256, files), strict=True))
+        hashes = pool.map(_sha256, files)
+        return {str(path.relative_to(folder)): value for path, value in zip(files, hashes, strict=True)}
 
 
 def commit(folder: pathlib.Path) -> None:

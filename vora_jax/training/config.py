@@ -1,7 +1,7 @@
 """What a training run is, as data.
 
-Frozen leaf dataclasses (bindable by name) and the root `Train`. Every field is either *identity* (part of what makes
-two runs the same run: a resumed run must agree) or *free* (may change between restarts: logged).
+Frozen leaf dataclasses (bindable by name) and the root `Train`. Every field is either *identity* (part of
+what makes two runs the same run: a resumed run must agree) or *free* (may change between restarts: logged).
 """
 import dataclasses
 from collections.abc import Iterator
@@ -20,11 +20,12 @@ class Optimizer:
 
     learning_rate: peak learning rate.
     schedule: 'constant', or 'cosine' down to `learning_rate * end_fraction` at `decay_steps`.
-    decay_steps: optimizer steps from the start to the end of the cosine; needed by 'cosine' only. It is a field of
-        its own, so that `Train.steps` may change on resume without bending the schedule.
+    decay_steps: optimizer steps from the start to the end of the cosine; needed by 'cosine' only. It is a
+        field of its own, so that `Train.steps` may change on resume without bending the schedule.
     end_fraction: what the cosine ends at, as a fraction of the peak.
     warmup_steps: linear warm-up from 0, optimizer steps.
-    b1, b2, eps, weight_decay: AdamW's. Leaves with fewer than two dimensions per layer (norms, biases) never decay.
+    b1, b2, eps, weight_decay: AdamW's. Leaves with fewer than two dimensions per layer (norms, biases) never
+        decay.
     clip_norm: global gradient norm above which gradients are scaled down; 0 switches it off.
     lr_multipliers: (pattern, factor) pairs; the first pattern (`fnmatch` on `/`-joined paths) that matches a
         trainable parameter scales its learning rate.
@@ -47,7 +48,8 @@ class Optimizer:
 class Mesh:
     """How many devices each mesh axis has; -1 (one axis at most) takes whatever is left.
 
-    data: replicas of the parameters. fsdp: shards of parameters and rows. tensor: shards of heads, MLP, vocabulary.
+    data: replicas of the parameters. fsdp: shards of parameters and rows. tensor: shards of heads, MLP,
+        vocabulary.
     """
 
     data: int = 1
@@ -99,8 +101,8 @@ class Train:
     frozen_dtype: Literal['float32', 'bfloat16'] = 'float32'
 
 
-# Fields that may change between restarts of one run; all others are identity. '*' stands for every field of a class.
-# Where data lies on disk is free because the manifest hash tells whether it is the same data.
+# Fields that may change between restarts of one run; all others are identity. '*' stands for every field of a
+# class. Where data lies on disk is free because the manifest hash tells whether it is the same data.
 FREE = {
     'Train': ('steps', 'mesh', 'checkpoint', 'log_every', 'workers'),
     'Mesh': ('*',),
@@ -163,14 +165,16 @@ def validate(config: Train) -> None:
         raise UserError(f"Optimizer.schedule is {optimizer.schedule!r}; it is 'constant' or 'cosine'.")
     if optimizer.schedule == 'cosine' and optimizer.decay_steps <= optimizer.warmup_steps:
         raise UserError(
-            f'Optimizer.decay_steps is {optimizer.decay_steps}, but the cosine schedule needs more steps than its '
+            f'Optimizer.decay_steps is {optimizer.decay_steps}, but the cosine schedule needs more steps '
+            'than its '
             f'{optimizer.warmup_steps} of warm-up; set it to the length of the run.'
         )
     if config.frozen_dtype not in ('float32', 'bfloat16'):
         raise UserError(f"Train.frozen_dtype is {config.frozen_dtype!r}; it is 'float32' or 'bfloat16'.")
     if config.batch_rows % config.accumulation:
         raise UserError(
-            f'Train.batch_rows is {config.batch_rows}, which Train.accumulation = {config.accumulation} does not '
+            f'Train.batch_rows is {config.batch_rows}, which Train.accumulation = {config.accumulation} does '
+            'not '
             'divide; choose a multiple.'
         )
     if config.stage not in config.method.stages:

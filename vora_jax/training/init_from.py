@@ -44,7 +44,8 @@ def parse(text: str) -> Entry:
     path, _, source = rest.rpartition(':')
     if not (target and path and source):
         raise UserError(
-            f'Train.init_from: cannot read {text!r}; write CKPT, or TARGET=CKPT:SOURCE such as teacher=runs/tagger:encoder.'
+            f'Train.init_from: cannot read {text!r}; write CKPT, or TARGET=CKPT:SOURCE such as '
+            'teacher=runs/tagger:encoder.'
         )
     return Entry(path, target.strip('/'), source.strip('/'))
 
@@ -74,7 +75,8 @@ def take(entries: Iterable[str], shapes: Mapping[str, Any]) -> dict[str, np.ndar
     fresh = {path: shape for path, shape in shapes.items() if path not in taken}
     if fresh and taken:
         values = sum(int(np.prod(shape.shape)) for shape in fresh.values())
-        log.info('%d parameters (%s values) freshly initialised, such as %s', len(fresh), f'{values:,}', min(fresh))
+        log.info('%d parameters (%s values) freshly initialised, such as '
+                 '%s', len(fresh), f'{values:,}', min(fresh))
     return taken
 
 
@@ -93,16 +95,20 @@ def _given(entry: Entry, text: str, shapes: Mapping[str, Any]) -> dict[str, np.n
     if entry.target:
         missing = [path for path in shapes if _inside(path, entry.target) and path not in given]
         if missing:
-            raise UserError(f'Train.init_from: {text} leaves {missing[0]} without a value; it gives {_some(flat)}.')
+            raise UserError(f'Train.init_from: {text} leaves {missing[0]} without a value; it gives '
+                            f'{_some(flat)}.')
     return given
 
 
 def _move(entry: Entry, flat: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     moved = {
-        entry.target + path[len(entry.source):]: array for path, array in flat.items() if _inside(path, entry.source)
+        entry.target + path.removeprefix(entry.source): array
+        for path, array in flat.items()
+        if _inside(path, entry.source)
     }
     if not moved:
-        raise UserError(f'Train.init_from: {entry.checkpoint} has no parameters at {entry.source}; it has {_some(flat)}.')
+        raise UserError(f'Train.init_from: {entry.checkpoint} has no parameters at {entry.source}; it has '
+                        f'{_some(flat)}.')
     return moved
 
 

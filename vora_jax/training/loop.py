@@ -67,6 +67,10 @@ def train(config: Train, config_text: str, workdir: str, parse: Callable[[str], 
     shard = jax.process_index(), jax.process_count()
     rule = config.method.vision_tokens
     data = loader.batches(config.data, rule, config.batch_rows, config.seed, shard, config.workers)
+    if data.vocab_size > stage.model.vocab_size:
+        raise UserError(f'{config.data.tokenizer} is a tokenizer of {data.vocab_size} ids, but the model has '
+                        'vocab_size = '
+                        f'{stage.model.vocab_size}; give the model at least as many.')
     if record:
         _check_same_data(record, data.manifest, before, config)
         data.set_state(record.data)
@@ -92,10 +96,12 @@ def train(config: Train, config_text: str, workdir: str, parse: Callable[[str], 
         num_trainable, num_frozen = count(state.trainable), count(frozen)
         log.info('training %s of %s parameters', f'{num_trainable:,}', f'{num_trainable + num_frozen:,}')
 
-        # 4. Steps. Nothing here waits for the devices, except to keep the host from running far ahead of them.
+        # 4. Steps. Nothing here waits for the devices, except to keep the host from running far ahead of
+        # them.
         rates = schedule(config.optimizer)
         one_step = compile_step(
-            make_step(plan.model, plan.optimizer, rates, stage.distill_weight, config.accumulation, config.seed),
+            make_step(plan.model, plan.optimizer, rates, stage.distill_weight, config.accumulation,
+                      config.seed),
             plan.state_shardings, plan.frozen_shardings, mesh,
         )
         progress = Log(folder, record.step, config.steps)
@@ -121,7 +127,8 @@ def train(config: Train, config_text: str, workdir: str, parse: Callable[[str], 
                 except UserError as error:
                     trouble = error
 
-            # 6. Metrics, and now and then a checkpoint: at the position of the batches trained on, not of those read.
+            # 6. Metrics, and now and then a checkpoint: at the position of the batches trained on, not of
+            # those read.
             saves = done == config.steps or trouble or done % config.checkpoint.every_steps == 0
             if saves or done % config.log_every == 0:
                 row, pending = progress.write(done, jax.device_get(pending)), []
@@ -148,7 +155,8 @@ def train(config: Train, config_text: str, workdir: str, parse: Callable[[str], 
     if isinstance(trouble, UserError):
         raise UserError(f'{trouble} Step {done} is saved; the same command resumes there.')
     if done < config.steps:
-        log.info('stopped by %s: step %d of %d is saved; run the same command to resume.', trouble, done, config.steps)
+        log.info('stopped by %s: step %d of %d is saved; run the same command to '
+                 'resume.', trouble, done, config.steps)
     return done == config.steps
 
 
@@ -162,17 +170,19 @@ def _find_last(folder: pathlib.Path) -> Record | None:
         return None
     record = checkpoint.read_record(checkpoint.step_folder(folder, step))
     if record.origin != 'train':
-        raise UserError(f'{folder} holds the result of {record.origin}; give a new --workdir, and --init-from {folder} to '
+        raise UserError(f'{folder} holds the result of {record.origin}; give a new --workdir, and '
+                        f'--init-from {folder} to '
                         'start from it.')
     return record
 
 
-def _check_same_run(record: Record, config: Train, folder: pathlib.Path, parse: Callable[[str], Train]) -> Train:
+def _check_same_run(record: Record, config: Train, folder: pathlib.Path, parse: Callable) -> Train:
     """The configuration that wrote the record; UserError unless `config` continues its run."""
     before = parse(record.config_text)
     other = first_difference(before, config)
     if other:
-        raise UserError(f'{folder} holds another run: {other.path} was {other.old!r} there and is {other.new!r} now; '
+        raise UserError(f'{folder} holds another run: {other.path} was {other.old!r} there and is '
+                        f'{other.new!r} now; '
                         'set it back, or give a new --workdir.')
     for change in differences(before, config):
         log.info('changed since the last checkpoint: %s from %r to %r', change.path, change.old, change.new)
@@ -183,10 +193,12 @@ def _check_same_data(record: Record, manifest: str, before: Train, config: Train
     """UserError unless the data's content is what the run was started with."""
     if record.manifest == manifest:
         return
-    moved = next((change for change in differences(before.data, config.data, 'Train.data') if change.free), None)
-    told = f'{moved.path} was {moved.old!r} and is {moved.new!r}, and' if moved else 'the files of Train.data changed, and'
-    raise UserError(f'{told} the content of samples or tokenizer is not what the run was started with; restore it, or '
-                    'give a new --workdir.')
+    moved = [change for change in differences(before.data, config.data, 'Train.data') if change.free]
+    told = 'the files of Train.data changed'
+    if moved:
+        told = f'{moved[0].path} was {moved[0].old!r} and is {moved[0].new!r}'
+    raise UserError(f'{told}, and the content of samples or tokenizer is not what the run was started with; '
+                    'restore it, or give a new --workdir.')
 
 
 def _restore(plan: state_lib.Plan, record: Record, folder: pathlib.Path) -> tuple[state_lib.State, Params]:
@@ -202,8 +214,9 @@ def _restore(plan: state_lib.Plan, record: Record, folder: pathlib.Path) -> tupl
 
 
 def _too_many_bad(record: Record, max_bad_fraction: float, samples_per_epoch: int) -> UserError | None:
-    """The fraction counts from the start of the run, but a run's first samples are never judged by themselves."""
+    """The error that ends the run, if any; a run's first samples are never judged by themselves."""
     if record.bad_samples <= max_bad_fraction * max(record.num_samples, samples_per_epoch):
         return None
     return UserError(f'{record.bad_samples} of {record.num_samples} samples could not be read, more than '
-                     f'Data.max_bad_fraction = {max_bad_fraction:g} allows; repair them (the log names each), or raise it.')
+                     f'Data.max_bad_fraction = {max_bad_fraction:g} allows; repair them (the log names each) '
+                     'or raise it.')

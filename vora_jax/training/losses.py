@@ -1,7 +1,7 @@
 """Language and distillation losses as sums.
 
-A loss is a sum over slots divided by a count over the *global* batch, known before any micro-batch runs: never a mean
-of means.
+A loss is a sum over slots divided by a count over the *global* batch, known before any micro-batch runs:
+never a mean of means.
 """
 from typing import Any, NamedTuple
 
@@ -34,7 +34,12 @@ def totals(batch: Batch) -> Totals:
 
 
 def objective(
-    model: Any, params: Params, batch: Batch, total: Totals, distill_weight: float, dropout_key: Array | None = None
+    model: Any,
+    params: Params,
+    batch: Batch,
+    total: Totals,
+    distill_weight: float,
+    dropout_key: Array | None = None,
 ) -> tuple[Array, dict[str, Array]]:
     """(f32[] loss, its parts) of one micro-batch, as its share of the global batch's loss.
 

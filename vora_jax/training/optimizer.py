@@ -68,7 +68,8 @@ def multipliers(patterns: tuple[tuple[str, float], ...], paths: list[str]) -> di
     for pattern, _ in patterns:
         if not fnmatch.filter(paths, pattern):
             raise UserError(
-                f'Optimizer.lr_multipliers: the pattern {pattern!r} matches no trainable parameter; the first of '
+                f'Optimizer.lr_multipliers: the pattern {pattern!r} matches no trainable parameter; the '
+                'first of '
                 f'{len(paths)} is {min(paths)!r}.'
             )
     return {

@@ -18,8 +18,8 @@ class Ready(NamedTuple):
 class Prefetch:
     """Reads a loader ahead in one thread.
 
-    The loader's own position runs ahead of training, so each batch travels with the position after it: the position to
-    save is that of the last batch trained on.
+    The loader's own position runs ahead of training, so each batch travels with the position after it: the
+    position to save is that of the last batch trained on.
     """
 
     def __init__(self, loader: Any, sharding: Any, depth: int = 2):

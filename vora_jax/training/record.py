@@ -43,6 +43,7 @@ def read_record(folder: pathlib.Path) -> Record:
     """The record of a step."""
     stored = dict(ocp.checkpointables_metadata(folder.absolute()).custom_metadata or {})
     if stored.get('format') != FORMAT:
-        raise UserError(f'{folder} has the layout {stored.get("format")}, but this version reads {FORMAT}; use the version '
+        raise UserError(f'{folder} has the layout {stored.get("format")}, but this version reads {FORMAT}; '
+                        'use the version '
                         'of vora that wrote it.')
     return Record(**stored)

@@ -1,7 +1,7 @@
 """Mesh, axis rules, and sharded attention.
 
-The only file that knows mesh axes. The model names the dimensions of its parameters ('vocab', 'embed', ...); `RULES`
-says which mesh axes each name is cut over.
+The only file that knows mesh axes. The model names the dimensions of its parameters ('vocab', 'embed', ...);
+`RULES` says which mesh axes each name is cut over.
 """
 import contextlib
 import functools
@@ -22,8 +22,9 @@ from vora_jax.types import Array, KeyRange, Params, UserError
 AXES = ('data', 'fsdp', 'tensor')
 ROWS = ('data', 'fsdp')  # mesh axes the rows of a batch are cut over
 
-# Logical name -> mesh axes. A mesh axis is used once per parameter and the first rule wins, so 'vocab' takes 'fsdp'
-# from 'embed': cutting the embedding table's width over 'fsdp' makes XLA gather the whole table in each step.
+# Logical name -> mesh axes. A mesh axis is used once per parameter and the first rule wins, so 'vocab' takes
+# 'fsdp' from 'embed': cutting the embedding table's width over 'fsdp' makes XLA gather the whole table in
+# each step.
 RULES = (
     ('batch', ROWS),
     ('vocab', ('fsdp', 'tensor')),
@@ -69,13 +70,16 @@ def check_rows(config: config_lib.Train, mesh: jax.sharding.Mesh) -> None:
     rows, parts = config.batch_rows // config.accumulation, mesh.shape['data'] * mesh.shape['fsdp']
     if rows % parts:
         raise UserError(
-            f'Train.batch_rows / Train.accumulation is {rows} rows, which the {parts} devices of the mesh axes data '
-            f'({mesh.shape["data"]}) and fsdp ({mesh.shape["fsdp"]}) do not divide; choose a multiple of {parts}.'
+            f'Train.batch_rows / Train.accumulation is {rows} rows, which the {parts} devices of the mesh '
+            'axes data '
+            f'({mesh.shape["data"]}) and fsdp ({mesh.shape["fsdp"]}) do not divide; choose a multiple of '
+            f'{parts}.'
         )
 
 
 def param_shardings(boxed: Params, mesh: jax.sharding.Mesh) -> Params:
-    """Shardings of a tree of boxed shapes (`jax.eval_shape` of `model.init`), by the logical names in the boxes.
+    """Shardings of a tree of boxed shapes (`jax.eval_shape` of `model.init`), by the logical names in the
+    boxes.
 
     Raises:
         UserError: a dimension that its mesh axes do not divide.
@@ -88,7 +92,8 @@ def param_shardings(boxed: Params, mesh: jax.sharding.Mesh) -> Params:
             parts = math.prod(mesh.shape[axis] for axis in axes)
             if shapes[path].shape[dim] % parts:
                 raise UserError(
-                    f'Mesh: dimension {dim} of {path} has size {shapes[path].shape[dim]}, which the {parts} devices '
+                    f'Mesh: dimension {dim} of {path} has size {shapes[path].shape[dim]}, which the {parts} '
+                    'devices '
                     f'of {" x ".join(axes)} do not divide; choose a smaller mesh axis.'
                 )
     return shardings
@@ -119,7 +124,7 @@ def rows(mesh: jax.sharding.Mesh) -> NamedSharding:
 
 
 def like_params(tree: Any, params: Params, shardings: Params, mesh: jax.sharding.Mesh) -> Any:
-    """Shardings of an optimizer state: its copies of the parameter tree like the parameters, all else replicated."""
+    """Shardings of an optimizer state: copies of the parameters like these, the rest replicated."""
     structure = jax.tree.structure(params)
 
     def is_copy(node: Any) -> bool:
@@ -138,7 +143,8 @@ def to_device(tree: Any, sharding: NamedSharding) -> Any:
 
 
 def make_attend(mesh: jax.sharding.Mesh) -> Callable[..., Array]:
-    """`ops.attention.attention`, cut over rows (data, fsdp) and heads (tensor) where the mesh has several devices.
+    """`ops.attention.attention`, cut over rows (data, fsdp) and heads (tensor) where the mesh has several
+    devices.
 
     Attention mixes slots of one row and one head only, so no shard needs anything of another.
 

@@ -56,7 +56,8 @@ class Plan:
 
 
 def plan(stage: Stage, config: Optimizer, batch: Batch, mesh: jax.sharding.Mesh, frozen_dtype: str) -> Plan:
-    """The plan of a stage for batches shaped like `batch` (arrays or shapes; its rows must divide over the mesh).
+    """The plan of a stage for batches shaped like `batch` (arrays or shapes; its rows must divide over the
+    mesh).
 
     Raises:
         UserError: a pattern matches no parameter, or a dimension does not divide over the mesh.
@@ -69,13 +70,15 @@ def plan(stage: Stage, config: Optimizer, batch: Batch, mesh: jax.sharding.Mesh,
 
     def placed(tree: Params, dtype: Any) -> Params:
         return unflatten({
-            path: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=places[path]) for path, leaf in flatten(tree).items()
+            path: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=places[path])
+            for path, leaf in flatten(tree).items()
         })
 
     trainable, frozen = placed(trainable, jnp.float32), placed(frozen, jnp.dtype(frozen_dtype))
     optimizer = optimizer_lib.create(config, trainable, flatten(sharding.num_stacked(boxed)))
     opt_state = jax.eval_shape(optimizer.init, trainable)
-    opt_places = sharding.like_params(opt_state, trainable, jax.tree.map(lambda s: s.sharding, trainable), mesh)
+    own_places = jax.tree.map(lambda s: s.sharding, trainable)
+    opt_places = sharding.like_params(opt_state, trainable, own_places, mesh)
     opt_state = jax.tree.map(
         lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), opt_state, opt_places
     )
@@ -84,7 +87,7 @@ def plan(stage: Stage, config: Optimizer, batch: Batch, mesh: jax.sharding.Mesh,
 
 
 def create(plan: Plan, seed: int, taken: dict[str, np.ndarray]) -> tuple[State, Params]:
-    """(state at step 0, frozen weights): parameters from `taken` by path, the others initialised from the seed."""
+    """(state at step 0, frozen weights): parameters from `taken` by path, the others drawn from the seed."""
     wanted = plan.params
     fresh = {path: shape for path, shape in wanted.items() if path not in taken}
 

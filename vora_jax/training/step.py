@@ -80,7 +80,9 @@ def _accumulate(micro_gradient: Callable, batch: Batch, accumulation: int):
     return jax.lax.scan(body, zeros, (indices, micros))[0]
 
 
-def compile_step(step: Step, state_shardings: State, frozen_shardings: Params, mesh: jax.sharding.Mesh) -> Step:
+def compile_step(
+    step: Step, state_shardings: State, frozen_shardings: Params, mesh: jax.sharding.Mesh
+) -> Step:
     """`jax.jit` of a step on a mesh; the state's buffers are reused (donated), so the old state is gone."""
     return jax.jit(
         step,

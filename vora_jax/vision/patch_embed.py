@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from vora_jax.batch import Patches
 from vora_jax.nn.norms import RMSNorm
-from vora_jax.ops.patches import sample_position_table, sincos_table
+from vora_jax.ops.patches import sample_position_table
 from vora_jax.types import UserError
 
 # Mean and standard deviation of CLIP's training images, per channel of values in [0, 1]; AIMv2 uses them too.
@@ -52,8 +52,10 @@ class PatchEmbedding(nn.Module):
                             (patch_dim, config.width), jnp.float32)
         bias = self.param('bias', nn.with_logical_partitioning(nn.initializers.zeros, ('vision',)), (config.width,),
                           jnp.float32)
-        table = self.param('positions', nn.with_logical_partitioning(_sincos, (None, None, 'vision')),
-                           (config.table_rows, config.table_cols, config.width))
+        # Small random positions: a table of unit scale (2-D sines) trained a small encoder markedly slower.
+        table = self.param('positions',
+                           nn.with_logical_partitioning(nn.initializers.normal(0.02), (None, None, 'vision')),
+                           (config.table_rows, config.table_cols, config.width), jnp.float32)
         pixels = normalise(patches.pixels, config).astype(self.dtype)
         x = jnp.dot(pixels, kernel.astype(self.dtype)) + bias.astype(self.dtype)[None, None]
         x = RMSNorm(config.norm_eps, axis='vision', name='norm')(x)
@@ -69,8 +71,3 @@ def normalise(pixels: jax.Array, config: PatchEmbed) -> jax.Array:
     mean = jnp.tile(jnp.asarray(config.mean, jnp.float32), config.patch_size**2)[None, None]
     std = jnp.tile(jnp.asarray(config.std, jnp.float32), config.patch_size**2)[None, None]
     return (pixels.astype(jnp.float32) / 255.0 - mean) / std
-
-
-def _sincos(key, shape):
-    del key  # the table is the same for every seed
-    return sincos_table(*shape)

@@ -1,4 +1,5 @@
 """Debug-size methods, batches, runs on disk."""
+
 import functools
 import json
 import pathlib
@@ -10,7 +11,6 @@ import optax
 
 from vora_jax import variants
 from vora_jax.batch import Batch
-from vora_jax.data.config import Data, ImagePolicy, Source
 from vora_jax.data.fake import fake_batch
 from vora_jax.data.tokenizer import train_sentencepiece
 from vora_jax.llm.decoder import LanguageModel
@@ -36,11 +36,20 @@ def batch(seed: int = 0, rows: int = 8, text_only: bool = False) -> Batch:
     return fake_batch(rows, 32, 16, 4, VOCAB, 3, seed, text_only)
 
 
-def start(stage: Stage, on: Batch, sizes: tuple[int, int, int] = (1, 1, 1), accumulation: int = 1, seed: int = 0,
-          optimizer: optax.GradientTransformation | None = None, rate: float = 1e-2):
-    """(plan, state, frozen, step) of a stage on `sizes` devices; adapters are randomised, so that all paths carry.
+def start(
+    stage: Stage,
+    on: Batch,
+    sizes: tuple[int, int, int] = (1, 1, 1),
+    accumulation: int = 1,
+    seed: int = 0,
+    optimizer: optax.GradientTransformation | None = None,
+    rate: float = 1e-2,
+):
+    """(plan, state, frozen, step) of a stage on `sizes` devices; adapters are randomised, so that all paths
+    carry.
 
-    With `optimizer` (of gradients alone, such as `optax.sgd(1.0)`) the change of the parameters shows the gradients.
+    With `optimizer` (of gradients alone, such as `optax.sgd(1.0)`) the change of the parameters shows the
+    gradients.
     """
     mesh = sharding.make_mesh(Mesh(*sizes), jax.devices()[: sizes[0] * sizes[1] * sizes[2]])
     micro = jax.tree.map(lambda x: x[: x.shape[0] // accumulation], on)
@@ -67,7 +76,10 @@ def _randomise(trainable):
     """Random where it would be zero (LoRA's b); the same on every mesh."""
     flat = flatten(trainable)
     keys = jax.random.split(jax.random.key(7), len(flat))
-    noise = {path: 0.05 * jax.random.normal(key, flat[path].shape) for key, path in zip(keys, sorted(flat), strict=True)}
+    noise = {
+        path: 0.05 * jax.random.normal(key, flat[path].shape)
+        for key, path in zip(keys, sorted(flat), strict=True)
+    }
     return jax.tree.map(jnp.add, trainable, state.unflatten(noise))
 
 
@@ -76,10 +88,14 @@ def questions() -> tuple[dict, ...]:
     pick = random.Random(0)
     words = 'red blue green circle square what is the colour of shape yes no a'.split()
     return tuple(
-        {'id': str(i), 'frames': [], 'conversations': [
-            {'from': 'human', 'value': ' '.join(pick.choices(words, k=5))},
-            {'from': 'gpt', 'value': pick.choice(words)},
-        ]}
+        {
+            'id': str(i),
+            'frames': [],
+            'conversations': [
+                {'from': 'human', 'value': ' '.join(pick.choices(words, k=5))},
+                {'from': 'gpt', 'value': pick.choice(words)},
+            ],
+        }
         for i in range(60)
     )
 
@@ -91,20 +107,28 @@ def write_text_run(folder: pathlib.Path, **train: str) -> pathlib.Path:
     texts = [turn['value'] for row in rows for turn in row['conversations']]
     train_sentencepiece(texts, str(folder / 'tokenizer'), VOCAB)
     settings = {
-        'LanguageModel.vocab_size': VOCAB, 'LanguageModel.num_layers': 2, 'LanguageModel.width': 16,
-        'LanguageModel.mlp_width': 32, 'LanguageModel.num_heads': 2, 'LanguageModel.num_kv_heads': 1,
-        'LanguageModel.head_dim': 8, 'Train.method': '@language_model()', 'Train.stage': "'pretrain'",
-        'Source.path': repr(str(folder / 'data.jsonl')), 'Data.sources': '(@Source(),)',
-        'Data.tokenizer': repr(str(folder / 'tokenizer')), 'Data.max_slots': 64, 'Train.steps': 30,
-        'Train.batch_rows': 4, 'Train.log_every': 5, 'Checkpoint.every_steps': 5, 'Optimizer.learning_rate': 0.01,
+        'LanguageModel.vocab_size': VOCAB,
+        'LanguageModel.num_layers': 2,
+        'LanguageModel.width': 16,
+        'LanguageModel.mlp_width': 32,
+        'LanguageModel.num_heads': 2,
+        'LanguageModel.num_kv_heads': 1,
+        'LanguageModel.head_dim': 8,
+        'Train.method': '@language_model()',
+        'Train.stage': "'pretrain'",
+        'Source.path': repr(str(folder / 'data.jsonl')),
+        'Data.sources': '(@Source(),)',
+        'Data.tokenizer': repr(str(folder / 'tokenizer')),
+        'Data.max_slots': 64,
+        'Train.steps': 30,
+        'Train.batch_rows': 4,
+        'Train.log_every': 5,
+        'Checkpoint.every_steps': 5,
+        'Optimizer.learning_rate': 0.01,
     } | train
     path = folder / 'run.gin'
     path.write_text('\n'.join(f'{name} = {value}' for name, value in settings.items()) + '\n')
     return path
-
-
-def text_data(folder: pathlib.Path) -> Data:
-    return Data((Source(str(folder / 'data.jsonl')),), str(folder / 'tokenizer'), max_slots=64, image=ImagePolicy())
 
 
 def narrow() -> Stage:
