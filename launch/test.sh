@@ -19,6 +19,7 @@ make_environment "$environment" test,torch,tensorboard
 installed=$SECONDS
 
 status=0
+"$python" -m ruff check --quiet --line-length 125 --select E,F,I,W vora_jax tests launch || status=$?
 "$python" -m pytest "$@" || status=$?
 echo "test.sh: $((SECONDS - started)) s in all, $((SECONDS - installed)) s of it tests"
 exit "$status"

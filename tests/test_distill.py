@@ -5,8 +5,16 @@ import functools
 import jax
 import numpy as np
 import pytest
-from tiny_model import LLM, PATCH, TEACHER, VOCAB, apply, batch, quick_jit, random_params, vora
-from tiny_model import strict  # noqa: F401
+from tiny_model import (
+    LLM,
+    TEACHER,
+    apply,
+    batch,
+    quick_jit,
+    random_params,
+    strict,  # noqa: F401
+    vora,
+)
 
 from vora_jax.data.packing import Budgets, Text, layout, stack
 from vora_jax.distill import Distillation, cosine
@@ -93,9 +101,10 @@ def test_the_teacher_gets_no_gradient_and_the_student_does():
 
 def test_a_batch_without_pictures_costs_nothing():
     _, params, *_ = states()
-    budgets = Budgets(40, 24, 4, PATCH.patch_size**2 * 3)
+    budgets = Budgets(40, 24, 4, TEACHER.patch_embed.patch_size**2 * 3)
     rng = np.random.default_rng(0)
-    text = stack([layout([[Text(rng.integers(1, VOCAB, 9).tolist(), True)]], budgets) for _ in range(3)])
+    words = rng.integers(1, LLM.vocab_size, (3, 9)).tolist()
+    text = stack([layout([[Text(row, True)]], budgets) for row in words])
     value, result = gradients()(params, text)
     assert value == 0
     assert all((np.asarray(leaf) == 0).all() for leaf in flatten(result).values())

@@ -1,6 +1,7 @@
 """Scores by generation: batches, blind runs, marks."""
 import dataclasses
 import json
+import pathlib
 
 import numpy as np
 import pytest
@@ -56,7 +57,7 @@ def test_a_right_answer_counts(run, tmp_path):
     model, params, data, rule, config = run
     _, predictions = evaluate(*run)
     root = config.data.removesuffix('test.jsonl')
-    lines = open(config.data).read().splitlines()
+    lines = pathlib.Path(config.data).read_text().splitlines()
     said = [p.prediction.strip().upper() for p in predictions]
     file = tmp_path / 'said.jsonl'
     rows = []

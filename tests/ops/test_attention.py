@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_model import batch, strict  # noqa: F401
+from tiny_model import batch, quick_jit, strict  # noqa: F401
 
 from vora_jax.ops.attention import attention, reference_attention
 from vora_jax.ops.blocked_attention import blocked_attention
@@ -77,7 +77,7 @@ def dense(q, k, v, d_out, mask):
     return out, (d_q, d_k, d_v)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(quick_jit, static_argnums=0)
 def run(attend, q, k, v, d_out, key_range):
     out, pull = jax.vjp(lambda q, k, v: attend(q, k, v, key_range), q, k, v)
     return out, pull(d_out)

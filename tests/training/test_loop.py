@@ -77,18 +77,19 @@ def test_damage_falls_back_and_training_repeats_the_steps(gin_file, whole, tmp_p
 
 def test_frozen_weights_are_written_once_and_found_again(gin_file, tmp_path):
     """A method with frozen weights, held in bf16, resumed after each step."""
+    settings = {
+        'Train.frozen_dtype': "'bfloat16'",
+        'PatchEmbed.patch_size': 4,
+        'PatchEmbed.width': 8,
+        'Vit.num_layers': 1,
+        'vora.rank': 2,
+        'vora.num_adapted_layers': 1,
+        'vora.distill_weight': 0,  # no teacher
+        'Data.max_patches': 4,
+    }
     vora = gin_file.with_name('vora.gin')
-    vora.write_text(
-        gin_file.read_text().replace('@language_model()', '@vora()')
-        + "Train.frozen_dtype = 'bfloat16'\n"
-        + (
-            'PatchEmbed.patch_size = 4\nPatchEmbed.width = 8\nPatchEmbed.table_rows = '
-            '2\nPatchEmbed.table_cols = 2\n'
-            'Vit.num_layers = 1\nVit.mlp_width = 8\nVit.num_heads = 2\nvora.rank = '
-            '2\nvora.num_adapted_layers = 1\n'
-            'Data.max_patches = 4\n'
-        )
-    )
+    text = gin_file.read_text().replace('@language_model()', '@vora()')
+    vora.write_text(text + ''.join(f'{name} = {value}\n' for name, value in settings.items()))
     for steps in (1, 2):
         assert run(vora, tmp_path / 'broken', f'Train.steps={steps}')
     assert run(vora, tmp_path / 'whole', 'Train.steps=2')

@@ -17,28 +17,9 @@ def host(tree):
 @pytest.fixture(scope='module')
 def pretrain():
     """(state, frozen, step) of the pretraining stage, compiled once; a step takes a copy of the state."""
-    _, state, frozen, step = tiny_run.start(tiny_run.vora().stage('pretrain'), tiny_run.batch())
-    return state, frozen, lambda batch: step(jax.tree.map(jnp.copy, state), frozen, batch)
-
-
-def test_accumulation_gives_the_gradient_of_the_whole_batch():
-    stage, batch = tiny_run.vora().stage('pretrain'), tiny_run.batch(1)
-    results = []
-    for accumulation in (1, 4):
-        _, state, frozen, step = tiny_run.start(
-            stage, batch, accumulation=accumulation, optimizer=optax.sgd(1.0)
-        )
-        before = host(state.trainable)
-        after, metrics = step(state, frozen, batch)
-        after = host(after.trainable)
-        results.append(({path: after[path] - before[path] for path in after}, jax.device_get(metrics)))
-    whole, expected = results[0]
-    assert any(np.abs(gradient).max() > 1e-3 for gradient in whole.values())
-    for gradients, metrics in results[1:]:
-        for path, gradient in gradients.items():
-            np.testing.assert_allclose(gradient, whole[path], atol=1e-6, err_msg=path)
-        for name, value in metrics.items():
-            np.testing.assert_allclose(value, expected[name], rtol=1e-5, atol=1e-6, err_msg=name)
+    stage = tiny_run.vora(dropout=0.5).stage('pretrain')
+    _, state, frozen, step = tiny_run.start(stage, tiny_run.batch())
+    return state, frozen, lambda batch, now=state: step(jax.tree.map(jnp.copy, now), frozen, batch)
 
 
 def test_frozen_leaves_have_no_state_and_do_not_change(pretrain):
@@ -82,18 +63,26 @@ def test_metrics_count_what_the_batch_holds(pretrain):
     np.testing.assert_allclose(metrics['distill_layers'].mean(), metrics['distill_loss'], rtol=1e-6)
 
 
-def test_dropout_differs_between_steps_and_repeats_for_a_step():
-    batch = tiny_run.batch(5)
-    _, start, frozen, step = tiny_run.start(
-        tiny_run.vora(dropout=0.5).stage('pretrain'), batch, optimizer=optax.sgd(0.0)
-    )
-    losses = []
-    for _ in range(2):
-        state = jax.tree.map(jnp.copy, start)
-        for _ in range(2):
-            state, metrics = step(state, frozen, batch)
-            losses.append(float(metrics['loss']))
+def test_dropout_differs_between_steps_and_repeats_for_a_step(pretrain):
+    state, _, step = pretrain
+    later = state._replace(step=state.step + 1)
+    losses = [float(step(tiny_run.batch(5), now)[1]['loss']) for now in (state, later, state, later)]
     assert losses[:2] == losses[2:] and losses[0] != losses[1]
+
+
+def run_two_steps(sizes, accumulation=1):
+    """(metrics, parameters) after each of two steps of plain gradient descent, so that parameters show gradients."""
+    batch = tiny_run.batch(6)
+    # Uneven masks: some rows have many targets, most have none at all.
+    mask = batch.loss_mask * (np.arange(8) % 3 == 0)[:, None]
+    batch = batch._replace(loss_mask=mask.astype(np.float32))
+    stage = tiny_run.vora().stage('pretrain')
+    _, state, frozen, step = tiny_run.start(stage, batch, sizes, accumulation, optimizer=optax.sgd(1.0))
+    steps = [({}, host(state.trainable))]
+    for _ in range(2):
+        state, metrics = step(state, frozen, batch)
+        steps.append((jax.device_get(metrics), host(state.trainable)))
+    return steps
 
 
 @pytest.fixture(scope='module')
@@ -101,26 +90,21 @@ def on_one_device():
     return run_two_steps((1, 1, 1))
 
 
-def run_two_steps(sizes):
-    batch = tiny_run.batch(6)
-    # Uneven masks: some rows have many targets, one has none at all.
-    mask = batch.loss_mask * (np.arange(8) % 3 == 0)[:, None]
-    batch = batch._replace(loss_mask=mask.astype(np.float32))
-    _, state, frozen, step = tiny_run.start(
-        tiny_run.vora().stage('pretrain'), batch, sizes, optimizer=optax.sgd(0.1)
-    )
-    rows = []
-    for _ in range(2):
-        state, metrics = step(state, frozen, batch)
-        rows.append(jax.device_get(metrics))
-    return rows, host(state.trainable)
+def test_accumulation_gives_the_gradient_of_the_whole_batch(on_one_device):
+    steps = run_two_steps((1, 1, 1), accumulation=4)
+    before = steps[0][1]
+    gradients, expected = ({path: now[1][1][path] - before[path] for path in before} for now in (steps, on_one_device))
+    assert any(np.abs(gradient).max() > 1e-3 for gradient in expected.values())
+    for path, gradient in gradients.items():
+        np.testing.assert_allclose(gradient, expected[path], atol=1e-6, err_msg=path)
+    for name, value in steps[1][0].items():
+        np.testing.assert_allclose(value, on_one_device[1][0][name], rtol=1e-5, atol=1e-6, err_msg=name)
 
 
 @pytest.mark.parametrize('sizes', [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
 def test_every_mesh_gives_the_same_losses(sizes, on_one_device):
-    rows, params = run_two_steps(sizes)
-    for row, expected in zip(rows, on_one_device[0], strict=True):
+    for (metrics, params), (expected, whole) in zip(run_two_steps(sizes), on_one_device, strict=True):
         for name, value in expected.items():
-            np.testing.assert_allclose(row[name], value, rtol=1e-5, atol=1e-5, err_msg=name)
-    for path, value in on_one_device[1].items():
-        np.testing.assert_allclose(params[path], value, atol=1e-5, err_msg=path)
+            np.testing.assert_allclose(metrics[name], value, rtol=1e-5, atol=1e-5, err_msg=name)
+        for path, value in whole.items():
+            np.testing.assert_allclose(params[path], value, atol=1e-5, err_msg=path)

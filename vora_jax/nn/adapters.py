@@ -36,8 +36,8 @@ class LowRank:
             UserError: the adapter acts on some slots only, which no single kernel can express.
         """
         if self.scope != 'all':
-            raise UserError(f'merge: an adapter of scope {self.scope!r} cannot be folded into a kernel that all slots share; '
-                            "train with scope 'all' or export the model unmerged.")
+            raise UserError(f'merge: an adapter of scope {self.scope!r} cannot be folded into a kernel that all slots '
+                            "share; train with scope 'all' or export the model unmerged.")
         low, high = (params[side].astype(jnp.float32) for side in ('a', 'b'))
         # Highest precision: a TPU's default would round the product to bf16.
         product = jnp.matmul(low, high, precision=jax.lax.Precision.HIGHEST)
