@@ -1,4 +1,4 @@
-"""What every test runs under: eight fake CPU devices, and compilations kept between runs.
+"""What every test runs under: eight fake CPU devices, quick compilations kept between runs.
 
 Set before JAX is first imported; subprocesses that tests start inherit all of it.
 """
@@ -38,8 +38,14 @@ def _set_environment() -> None:
     os.environ['PYTHONPATH'] = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get('PYTHONPATH')]))
     os.environ['JAX_PLATFORMS'] = 'cpu'
     flags = os.environ.get('XLA_FLAGS', '')
-    if 'xla_force_host_platform_device_count' not in flags:
-        os.environ['XLA_FLAGS'] = f'{flags} --xla_force_host_platform_device_count=8'.strip()
+    for flag in (
+        '--xla_force_host_platform_device_count=8',
+        # Tests compile much and run little. What is about bits asks for the usual level of optimisation itself.
+        '--xla_backend_optimization_level=0',
+    ):
+        if flag.partition('=')[0] not in flags:
+            flags = f'{flags} {flag}'.strip()
+    os.environ['XLA_FLAGS'] = flags
     for name, value in {
         'JAX_COMPILATION_CACHE_DIR': str(_compilation_cache()),
         'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.2',

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from tiny_model import (
     LLM,
+    SHORT,
     TEACHER,
     apply,
     batch,
+    gradients,
     quick_jit,
     random_params,
     strict,  # noqa: F401
@@ -83,16 +85,14 @@ def test_the_sum_equals_a_loop_over_vision_tokens(pairing):
     assert out.distill_sum.dtype == out.distill_count.dtype == np.float32
 
 
-@functools.cache
-def gradients():
-    """Jitted value and gradients of the distillation loss."""
-    model = paired('output_to_output')
-    return quick_jit(jax.value_and_grad(lambda p, batch: model.apply({'params': p}, batch).distill_sum.sum()))
+def distillation_gradients(batch):
+    """(loss, gradients) of the distillation alone."""
+    model = vora(llm=SHORT).stage('pretrain').model
+    return gradients(model)(random_params(model, batch), batch, np.float32(0), np.float32(1))
 
 
 def test_the_teacher_gets_no_gradient_and_the_student_does():
-    example, params, *_ = states()
-    _, result = gradients()(params, example)
+    _, result = distillation_gradients(batch())
     flat = flatten(result)
     assert all(not leaf.any() for path, leaf in flat.items() if path.startswith('teacher/'))
     for part in ('side/kernel', 'frontend/out_proj', 'q_proj/adapter_0/a'):
@@ -100,12 +100,11 @@ def test_the_teacher_gets_no_gradient_and_the_student_does():
 
 
 def test_a_batch_without_pictures_costs_nothing():
-    _, params, *_ = states()
     budgets = Budgets(40, 24, 4, TEACHER.patch_embed.patch_size**2 * 3)
     rng = np.random.default_rng(0)
     words = rng.integers(1, LLM.vocab_size, (3, 9)).tolist()
     text = stack([layout([[Text(row, True)]], budgets) for row in words])
-    value, result = gradients()(params, text)
+    value, result = distillation_gradients(text)
     assert value == 0
     assert all((np.asarray(leaf) == 0).all() for leaf in flatten(result).values())
 

@@ -13,8 +13,8 @@ from vora_jax.types import UserError
 
 @pytest.fixture(scope='module')
 def merged():
-    """(batch, method, random params, merged params, merged model) with three kinds of layers."""
-    example, method = batch(), vora(num_adapted_layers=3, scale=0.7)
+    """(batch, method, random params, merged params, merged model) with adapters of scale 0.7."""
+    example, method = batch(), vora()
     model = method.stage('pretrain').model
     params = random_params(model, example)
     return example, method, params, *merge(params, model)

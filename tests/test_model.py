@@ -27,9 +27,12 @@ def without_adapters(model):
     return model.clone(groups=tuple(dataclasses.replace(group, adapters=()) for group in model.groups))
 
 
+full_jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 3})
+
+
 def optimised(model):
     """Claims about bits are made about the code that runs outside of tests."""
-    return apply(model, jax.jit)
+    return apply(model, full_jit)
 
 
 @pytest.mark.parametrize('scope', ['all', 'vision', 'text'])

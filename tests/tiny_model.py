@@ -1,4 +1,5 @@
 """A small method with random parameters, for tests of the model."""
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -9,6 +10,7 @@ import pytest
 from vora_jax import variants
 from vora_jax.data.fake import fake_batch
 from vora_jax.llm.decoder import LanguageModel
+from vora_jax.ops.cross_entropy import cross_entropy_sum
 from vora_jax.params import flatten, unflatten
 from vora_jax.vision.patch_embed import PatchEmbed
 from vora_jax.vision.vit import Vit
@@ -18,6 +20,7 @@ PATCH = PatchEmbed(patch_size=2, width=12, table_rows=3, table_cols=4)
 TEACHER = Vit(PATCH, num_layers=2, mlp_width=16, num_heads=3)
 LLM = LanguageModel(VOCAB, num_layers=4, width=16, mlp_width=24, num_heads=4, num_kv_heads=2, head_dim=8,
                     qkv_bias=True)
+SHORT = dataclasses.replace(LLM, num_layers=2)  # one group of layers: for what takes long to compile
 _SHAPES = {}  # of the parameters, by model
 
 
@@ -30,7 +33,8 @@ def strict():
 
 def vora(**changes):
     """The method on a tiny model: 2 of 4 layers are adapted and distilled."""
-    options = {'llm': LLM, 'patch_embed': PATCH, 'teacher': TEACHER, 'rank': 4, 'num_adapted_layers': 2}
+    options = {'llm': LLM, 'patch_embed': PATCH, 'teacher': TEACHER, 'rank': 4, 'scale': 0.7,
+               'num_adapted_layers': 2}
     return variants.vora(**options | changes)
 
 
@@ -69,3 +73,14 @@ quick_jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimizati
 def apply(model, compile=quick_jit):
     """The compiled call of a model: (params, batch, adapters_on) -> Output."""
     return compile(lambda params, batch, on=None: model.apply({'params': params}, batch, on))
+
+
+@functools.cache
+def gradients(model):
+    """Compiled (loss, d loss / d params) of (params, batch, weight of words, weight of distillation)."""
+    def loss(params, batch, words, distillation):
+        out = model.apply({'params': params}, batch)
+        head = model.unembedding(params)
+        wrong = cross_entropy_sum(out.hidden, head, batch.targets, batch.loss_mask)
+        return words * wrong + distillation * out.distill_sum.sum()
+    return quick_jit(jax.value_and_grad(loss))

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vora_jax.batch import Batch, Output
 from vora_jax.distill import Distillation, DistillHead
@@ -37,6 +38,10 @@ class VisionLanguageModel(nn.Module):
         side = None
         if self.distillation is not None:
             distillation = self.distillation
+            sides = tuple(np.flatnonzero([group.side for group in self.groups for _ in range(group.num_layers)]).tolist())
+            if sides != distillation.layers:
+                raise ValueError(f'VisionLanguageModel: the groups put heads on layers {sides}, Distillation.layers says '
+                                 f'{distillation.layers}.')
             side = functools.partial(DistillHead, distillation.teacher.width, distillation.pairing,
                                      distillation.head_eps, name='side')
             self.teacher = VisionTransformer(distillation.teacher, self.attend, dtype=self.llm.dtype)

@@ -83,6 +83,7 @@ def test_frozen_weights_are_written_once_and_found_again(gin_file, tmp_path):
         'PatchEmbed.width': 8,
         'Vit.num_layers': 1,
         'vora.rank': 2,
+        'vora.targets': ('q_proj',),
         'vora.num_adapted_layers': 1,
         'vora.distill_weight': 0,  # no teacher
         'Data.max_patches': 4,

@@ -71,7 +71,7 @@ def test_dropout_differs_between_steps_and_repeats_for_a_step(pretrain):
 
 
 def run_two_steps(sizes, accumulation=1):
-    """(metrics, parameters) after each of two steps of plain gradient descent, so that parameters show gradients."""
+    """(metrics, parameters) before and after two steps of plain gradient descent: they show the gradients."""
     batch = tiny_run.batch(6)
     # Uneven masks: some rows have many targets, most have none at all.
     mask = batch.loss_mask * (np.arange(8) % 3 == 0)[:, None]
@@ -93,7 +93,8 @@ def on_one_device():
 def test_accumulation_gives_the_gradient_of_the_whole_batch(on_one_device):
     steps = run_two_steps((1, 1, 1), accumulation=4)
     before = steps[0][1]
-    gradients, expected = ({path: now[1][1][path] - before[path] for path in before} for now in (steps, on_one_device))
+    after = steps[1][1], on_one_device[1][1]
+    gradients, expected = ({path: now[path] - before[path] for path in before} for now in after)
     assert any(np.abs(gradient).max() > 1e-3 for gradient in expected.values())
     for path, gradient in gradients.items():
         np.testing.assert_allclose(gradient, expected[path], atol=1e-6, err_msg=path)

@@ -96,8 +96,12 @@ def create(plan: Plan, seed: int, taken: dict[str, np.ndarray]) -> tuple[State, 
         params = flatten(sharding.unbox(plan.model.init(key, batch)['params']))
         return {path: params[path].astype(shape.dtype) for path, shape in fresh.items()}
 
-    places = {path: shape.sharding for path, shape in fresh.items()}
-    flat = jax.jit(initialise, out_shardings=places)(jax.random.key(seed))
+    flat: dict[str, Array] = {}
+    if fresh:
+        places = {path: shape.sharding for path, shape in fresh.items()}
+        # It runs once: on CPUs that saves half of LLVM's work, for the same values.
+        options = {'xla_backend_optimization_level': 1} if jax.default_backend() == 'cpu' else None
+        flat = jax.jit(initialise, out_shardings=places, compiler_options=options)(jax.random.key(seed))
     flat |= {path: place(array, wanted[path]) for path, array in taken.items()}
     trainable = jax.tree.map(lambda path: flat[path], _paths(plan.state.trainable))
     frozen = jax.tree.map(lambda path: flat[path], _paths(plan.frozen))
