@@ -82,10 +82,11 @@ def test_frozen_weights_are_written_once_and_found_again(gin_file, tmp_path):
         'PatchEmbed.patch_size': 4,
         'PatchEmbed.width': 8,
         'Vit.num_layers': 1,
+        'Vit.num_heads': 2,
+        'Vit.mlp_width': 8,
         'vora.rank': 2,
         'vora.targets': ('q_proj',),
         'vora.num_adapted_layers': 1,
-        'vora.distill_weight': 0,  # no teacher
         'Data.max_patches': 4,
     }
     vora = gin_file.with_name('vora.gin')
@@ -105,8 +106,8 @@ def test_frozen_weights_are_written_once_and_found_again(gin_file, tmp_path):
     'binding, words',
     [
         ('Train.seed=1', 'Train.seed was 0 there and is 1 now'),
-        ('LanguageModel.width=32', r'llm\.width was 16 there and is 32 now'),
-        ('Optimizer.learning_rate=0.5', r'optimizer\.learning_rate was 0\.01'),
+        ('LanguageModel.width=32', r'LanguageModel\.width was 16 there and is 32 now'),
+        ('Optimizer.learning_rate=0.5', r'Optimizer\.learning_rate was 0\.01'),
         ('Train.batch_rows=12', '12 rows, which the 8 devices'),
     ],
 )

@@ -14,6 +14,7 @@ def sample_position_table(table: jax.Array, row: jax.Array, col: jax.Array, grid
     On an image of exactly R x K patches this is `table[row, col]`, bit for bit. Equal to resizing the table with
     `torch.nn.functional.interpolate(mode='bilinear', align_corners=False)` and indexing it.
     """
+    table = table.astype(jnp.float32)
     rows, cols, _ = table.shape
 
     def taps(place, count, size):

@@ -151,6 +151,18 @@ def first_difference(old: Train, new: Train) -> Difference | None:
     return next((difference for difference in differences(old, new) if not difference.free), None)
 
 
+def changed_binding(before: str, now: str) -> tuple[str, str, str] | None:
+    """(name, old value, new value) of the first binding of two resolved texts that differs and is not free: the name a
+    user knows. None where no single line tells it."""
+    old, new = (dict(line.split(' = ', 1) for line in text.splitlines() if ' = ' in line) for text in (before, now))
+    for name in old:
+        owner, _, field = name.rpartition('/')[2].rpartition('.')
+        free = FREE.get(owner, ())
+        if name in new and old[name] != new[name] and not {'*', field} & {*free} and field not in FREE_ANYWHERE:
+            return name, old[name], new[name]
+    return None
+
+
 def validate(config: Train) -> None:
     """Raises UserError naming the first field whose value makes no sense."""
     for name in ('steps', 'batch_rows', 'accumulation', 'log_every'):

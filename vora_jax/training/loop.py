@@ -18,7 +18,7 @@ from vora_jax.training import checkpoint, init_from, sharding
 from vora_jax.training import state as state_lib
 from vora_jax.training.checkpoint import Record
 from vora_jax.training.checkpoint_writer import Writer
-from vora_jax.training.config import Train, differences, first_difference, validate
+from vora_jax.training.config import Train, changed_binding, differences, first_difference, validate
 from vora_jax.training.interrupt import stop_request
 from vora_jax.training.metrics import Log
 from vora_jax.training.optimizer import schedule
@@ -54,7 +54,7 @@ def train(config: Train, config_text: str, workdir: str, parse: Callable[[str], 
     # 1. What does the workdir hold?
     record, before = _find_last(folder), None
     if record:
-        before = _check_same_run(record, config, folder, parse)
+        before = _check_same_run(record, config, config_text, folder, parse)
         if record.step >= config.steps:
             log.info('%s is complete: %d of %d steps are done.', folder, record.step, config.steps)
             return True
@@ -171,19 +171,18 @@ def _find_last(folder: pathlib.Path) -> Record | None:
     record = checkpoint.read_record(checkpoint.step_folder(folder, step))
     if record.origin != 'train':
         raise UserError(f'{folder} holds the result of {record.origin}; give a new --workdir, and '
-                        f'--init-from {folder} to '
-                        'start from it.')
+                        f'--init-from {folder} to start from it.')
     return record
 
 
-def _check_same_run(record: Record, config: Train, folder: pathlib.Path, parse: Callable) -> Train:
+def _check_same_run(record: Record, config: Train, config_text: str, folder: pathlib.Path, parse: Callable) -> Train:
     """The configuration that wrote the record; UserError unless `config` continues its run."""
     before = parse(record.config_text)
     other = first_difference(before, config)
     if other:
-        raise UserError(f'{folder} holds another run: {other.path} was {other.old!r} there and is '
-                        f'{other.new!r} now; '
-                        'set it back, or give a new --workdir.')
+        told = changed_binding(record.config_text, config_text) or (other.path, repr(other.old), repr(other.new))
+        raise UserError('{} holds another run: {} was {} there and is {} now; set it back, or give a new '
+                        '--workdir.'.format(folder, *told))
     for change in differences(before, config):
         log.info('changed since the last checkpoint: %s from %r to %r', change.path, change.old, change.new)
     return before
