@@ -13,7 +13,8 @@ mkdir -p "$run"
 date +%s >"$run/started"
 
 step() { printf '\n== %s (%d s)\n' "$1" "$SECONDS"; }
-unless() { [[ -e "$1" ]] || "${@:2}"; }  # a finished folder is kept
+finished() { [[ -e "$1/config.json" ]] || compgen -G "$1/steps/*/SHA256.json" >/dev/null; }
+unless() { finished "$1" || "${@:2}"; }  # a finished folder is kept
 
 step 'install'
 make_environment "$run/venv" torch

@@ -48,7 +48,10 @@ class Rows:
                 self._note(int(number), str(error), check=False)
         if not len(epoch):
             raise UserError('the sources of Data give no sample with these weights; raise Source.weight.')
+        self._total = len(np.unique(epoch))
         self._check_limit()
+        # The plan rests on the sizes of the pictures: another size moves every sample.
+        self.sizes_hash = hashlib.sha256(lengths[epoch].tobytes()).hexdigest()
         self._plan = [epoch[row] for row in plan(lengths[epoch], samples.budgets, seed, pack=data.pack)]
 
     @property
@@ -81,7 +84,7 @@ class Rows:
             self._check_limit()
 
     def _check_limit(self) -> None:
-        bad, total = len(self._bad), len(self._samples)
+        bad, total = len(self._bad), self._total
         if bad > self._max_bad * total or bad == total:
             raise UserError(f'{bad} of {total} samples cannot be used, more than Data.max_bad_fraction = '
                             f'{self._max_bad:g} allows; repair the data, the first is '
@@ -117,8 +120,8 @@ class Loader:
     """An endless iterator of this shard's `Batch`es, see `batches`.
 
     Attributes:
-        manifest: sha256 of the sources' content and the tokenizer: equal ones and equal `Data` give
-            equal batches.
+        manifest: sha256 of the sources' rows, the sizes of their pictures and the tokenizer: equal ones
+            and equal `Data` give equal batches, unless pictures were replaced by others of their size.
         num_samples: samples of all sources.
         vocab_size: ids the tokenizer can give.
         num_rows: rows of one epoch.
@@ -198,11 +201,12 @@ def batches(data: Data, rule: VisionTokenRule | None, batch_rows: int, seed: int
         dataset, batch_rows, grain.sharding.ShardOptions(index, count),
         read_options=grain.ReadOptions(num_threads=2, prefetch_buffer_size=4),
         multiprocessing_options=options)
-    return Loader(rows, iterator, _manifest(samples, data), samples)
+    return Loader(rows, iterator, _manifest(samples, rows, data), samples)
 
 
-def _manifest(samples: Samples, data: Data) -> str:
-    return hashlib.sha256(json.dumps([samples.hashes, fingerprint(data.tokenizer)]).encode()).hexdigest()
+def _manifest(samples: Samples, rows: Rows, data: Data) -> str:
+    parts = [samples.hashes, rows.sizes_hash, fingerprint(data.tokenizer)]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def _mark_flags_parsed() -> None:

@@ -13,6 +13,7 @@ from vora_jax.nn.slots import SlotContext
 from vora_jax.nn.stack import LayerGroup, Remat, Stack
 from vora_jax.ops.attention import attention
 from vora_jax.ops.rope import rope_angles
+from vora_jax.types import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +39,13 @@ class LanguageModel:
     tied_head: bool = False
     activation_dtype: Literal['float32', 'bfloat16'] = 'float32'
     remat: Remat = 'none'
+
+    def __post_init__(self):
+        if self.num_heads % self.num_kv_heads:
+            raise UserError(f'LanguageModel.num_kv_heads = {self.num_kv_heads} does not divide LanguageModel.num_heads = '
+                            f'{self.num_heads}.')
+        if self.head_dim % 2:
+            raise UserError(f'LanguageModel.head_dim = {self.head_dim} is odd; rotary positions need pairs.')
 
     @property
     def dtype(self) -> jnp.dtype:

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 from orbax.checkpoint.experimental import v1 as ocp
 
+from vora_jax.data.tokenizer import fingerprint
 from vora_jax.params import combine
 from vora_jax.training import checksum
 from vora_jax.training.record import Record, read_record
@@ -127,10 +128,11 @@ def write_config(workdir: pathlib.Path, config_text: str) -> None:
 
 
 def copy_tokenizer(folder: str, workdir: pathlib.Path) -> None:
-    """Copies the tokenizer into the workdir, once."""
+    """Copies the tokenizer into the workdir, unless the same one lies there."""
     target = workdir / 'tokenizer'
-    if target.is_dir():
+    if target.is_dir() and fingerprint(str(target)) == fingerprint(folder):
         return
+    shutil.rmtree(target, ignore_errors=True)
     # Under a temporary name first: a killed process leaves no half of a tokenizer.
     temporary = workdir / 'tokenizer.tmp'
     shutil.rmtree(temporary, ignore_errors=True)

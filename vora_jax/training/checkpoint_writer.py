@@ -2,6 +2,7 @@
 import concurrent.futures
 import dataclasses
 import pathlib
+import re
 import shutil
 from typing import Any
 
@@ -69,7 +70,9 @@ class Writer:
             response.result()
             if jax.process_index() == 0:
                 checksum.commit(folder)
-                for step in checkpoint.step_numbers(self._workdir)[: -self._keep_last]:
+                # Later steps can only be damaged ones of an earlier attempt: they do not count as kept.
+                steps = [step for step in checkpoint.step_numbers(self._workdir) if step <= int(folder.name)]
+                for step in steps[: -self._keep_last]:
                     _remove(checkpoint.step_folder(self._workdir, step))
         except Exception as error:
             raise OSError(f'the checkpoint {folder} could not be written: {error}') from error
@@ -82,8 +85,8 @@ def _remove(folder: pathlib.Path) -> None:
 
 
 def _remove_unfinished(workdir: pathlib.Path) -> None:
-    """Deletes what a killed process left."""
-    for parent in ('steps', 'frozen'):
+    """Deletes what a killed process left; folders that we did not name stay."""
+    for parent, ours in (('steps', r'\d+(\..*)?'), ('frozen', r'[0-9a-f]{16,}(\..*)?')):
         for folder in (workdir / parent).iterdir():
-            if folder.is_dir() and not checksum.is_committed(folder):
+            if folder.is_dir() and re.fullmatch(ours, folder.name) and not checksum.is_committed(folder):
                 shutil.rmtree(folder)

@@ -102,7 +102,7 @@ class Train:
 
 
 # Fields that may change between restarts of one run; all others are identity. '*' stands for every field of a
-# class. Where data lies on disk is free because the manifest hash tells whether it is the same data.
+# class. Where data lies on disk is free: the manifest hash tells whether rows, picture sizes and tokenizer are the same.
 FREE = {
     'Train': ('steps', 'mesh', 'checkpoint', 'log_every', 'workers'),
     'Mesh': ('*',),
@@ -168,6 +168,7 @@ def validate(config: Train) -> None:
     for name in ('steps', 'batch_rows', 'accumulation', 'log_every'):
         _at_least(f'Train.{name}', getattr(config, name), 1)
     _at_least('Train.workers', config.workers, 0)
+    _at_least('Train.seed', config.seed, 0)
     _at_least('Checkpoint.every_steps', config.checkpoint.every_steps, 1)
     _at_least('Checkpoint.keep_last', config.checkpoint.keep_last, 1)
     optimizer = config.optimizer

@@ -85,6 +85,9 @@ def _given(entry: Entry, text: str, shapes: Mapping[str, Any]) -> dict[str, np.n
     flat = flatten(open_checkpoint(entry.checkpoint).params)
     if entry.target:
         flat = _move(entry, flat)
+    elif any('/adapter_' in path for path in flat) and not any('/adapter_' in path for path in shapes):
+        raise UserError(f'Train.init_from: {text} holds adapters, which this model does not have; fold them first with '
+                        '`vora merge`.')
     flat = _regroup(flat, shapes)
     given = {path: array for path, array in flat.items() if path in shapes}
     if not given:

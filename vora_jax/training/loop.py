@@ -58,10 +58,6 @@ def train(config: Train, config_text: str, workdir: str, parse: Callable[[str], 
         if record.step >= config.steps:
             log.info('%s is complete: %d of %d steps are done.', folder, record.step, config.steps)
             return True
-    if jax.process_index() == 0:
-        checkpoint.write_config(folder, config_text)
-        checkpoint.copy_tokenizer(config.data.tokenizer, folder)
-    writer = Writer(folder, config.checkpoint.keep_last)
 
     # 2. Data, read ahead in a thread.
     shard = jax.process_index(), jax.process_count()
@@ -69,11 +65,14 @@ def train(config: Train, config_text: str, workdir: str, parse: Callable[[str], 
     data = loader.batches(config.data, rule, config.batch_rows, config.seed, shard, config.workers)
     if data.vocab_size > stage.model.vocab_size:
         raise UserError(f'{config.data.tokenizer} is a tokenizer of {data.vocab_size} ids, but the model has '
-                        'vocab_size = '
-                        f'{stage.model.vocab_size}; give the model at least as many.')
+                        f'vocab_size = {stage.model.vocab_size}; give the model at least as many.')
     if record:
         _check_same_data(record, data.manifest, before, config)
         data.set_state(record.data)
+    if jax.process_index() == 0:  # only now: a refused run leaves the workdir as it was
+        checkpoint.write_config(folder, config_text)
+        checkpoint.copy_tokenizer(config.data.tokenizer, folder)
+    writer = Writer(folder, config.checkpoint.keep_last)
 
     with (
         contextlib.closing(data),

@@ -12,6 +12,7 @@ from vora_jax.nn.norms import RMSNorm
 from vora_jax.nn.slots import SlotContext
 from vora_jax.nn.stack import LayerGroup, Remat, Stack, Tap
 from vora_jax.ops.attention import attention
+from vora_jax.types import UserError
 from vora_jax.vision.patch_embed import PatchEmbed, PatchEmbedding
 
 
@@ -27,6 +28,10 @@ class Vit:
     mlp_width: int = 4096
     num_heads: int = 12
     norm_eps: float = 1e-5
+
+    def __post_init__(self):
+        if self.width % self.num_heads:
+            raise UserError(f'Vit.num_heads = {self.num_heads} does not divide PatchEmbed.width = {self.width}.')
 
     @property
     def width(self) -> int:
