@@ -22,7 +22,8 @@ def merge(params: Params, model: VisionLanguageModel) -> tuple[Params, VisionLan
         for linear, adapters in group.adapters:
             base = f'decoder/layers/group_{index}/block/{linear}'
             for number, adapter in enumerate(adapters):
-                branch = {side: flat.pop(f'{base}/adapter_{number}/{side}') for side in ('a', 'b')}
+                prefix = f'{base}/adapter_{number}/'
+                branch = {path[len(prefix):]: flat.pop(path) for path in list(flat) if path.startswith(prefix)}
                 flat[f'{base}/kernel'] = adapter.fold(flat[f'{base}/kernel'], branch)
     flat = {path: leaf for path, leaf in flat.items()
             if not path.startswith('teacher/') and '/side/' not in path}

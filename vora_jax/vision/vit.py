@@ -10,7 +10,7 @@ from vora_jax.batch import Patches
 from vora_jax.nn.block import BlockShape
 from vora_jax.nn.norms import RMSNorm
 from vora_jax.nn.slots import SlotContext
-from vora_jax.nn.stack import LayerGroup, Remat, Stack, Tap
+from vora_jax.nn.stack import LayerGroup, Stack, Tap
 from vora_jax.ops.attention import attention
 from vora_jax.types import UserError
 from vora_jax.vision.patch_embed import PatchEmbed, PatchEmbedding
@@ -51,7 +51,6 @@ class VisionTransformer(nn.Module):
 
     config: Vit
     attend: Callable = attention
-    remat: Remat = 'none'
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -59,6 +58,6 @@ class VisionTransformer(nn.Module):
         config = self.config
         x = PatchEmbedding(config.patch_embed, self.dtype, name='patch_embed')(patches)
         groups = (LayerGroup(config.num_layers, side=True),)
-        stack = Stack(config.block_shape, groups, Tap, self.attend, self.remat, name='blocks')
+        stack = Stack(config.block_shape, groups, Tap, self.attend, name='blocks')
         x, _, taps = stack(x, SlotContext(patches.key_range), side_scanned=())
         return RMSNorm(config.norm_eps, name='norm')(x), taps
