@@ -52,7 +52,7 @@ def states():
         x = model.apply({'params': params}, batch, method='embed')
         context = SlotContext(batch.key_range, batch.modality)
         _, _, leaving = decoder.apply({'params': params['decoder']}, x, batch.positions, context, None, ())
-        _, blocks = VisionTransformer(TEACHER).apply({'params': params['teacher']}, batch.patches)
+        blocks = VisionTransformer(TEACHER).apply({'params': params['teacher']}, batch.patches).blocks
         return x, leaving, blocks
     x, leaving, blocks = (np.asarray(value, np.float64) for value in run(params, example))
     return example, params, np.concatenate([x[None], leaving[:-1]]), leaving, blocks

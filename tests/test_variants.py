@@ -15,7 +15,7 @@ from vora_jax.vision.patch_embed import PatchEmbed
 from vora_jax.vision.vit import Vit
 
 QWEN_7B = LanguageModel(vocab_size=152064, num_layers=28, width=3584, mlp_width=18944, num_heads=28,
-                        num_kv_heads=4, head_dim=128, rope_theta=1e6, qkv_bias=True)
+                        num_kv_heads=4, head_dim=128, rope_theta=1e6, biases=('q_proj', 'k_proj', 'v_proj'))
 
 
 def sizes(model, parts):

@@ -19,7 +19,7 @@ VOCAB = 61
 PATCH = PatchEmbed(patch_size=2, width=12, table_rows=3, table_cols=4)
 TEACHER = Vit(PATCH, num_layers=2, mlp_width=16, num_heads=3)
 LLM = LanguageModel(VOCAB, num_layers=4, width=16, mlp_width=24, num_heads=4, num_kv_heads=2, head_dim=8,
-                    qkv_bias=True)
+                    biases=('q_proj', 'k_proj', 'v_proj'))
 SHORT = dataclasses.replace(LLM, num_layers=2)  # one group of layers: for what takes long to compile
 _SHAPES = {}  # of the parameters, by model
 

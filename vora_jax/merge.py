@@ -33,5 +33,6 @@ def merge(params: Params, model: VisionLanguageModel) -> tuple[Params, VisionLan
 
 def merged_model(model: VisionLanguageModel) -> VisionLanguageModel:
     """The model that `merge` gives: the same decoder and front end, without adapters and distillation."""
-    groups: tuple[LayerGroup, ...] = group_layers([((), False)] * sum(group.num_layers for group in model.groups))
+    layers = [((), False, group.biases) for group in model.groups for _ in range(group.num_layers)]
+    groups: tuple[LayerGroup, ...] = group_layers(layers)
     return model.clone(groups=groups, distillation=None)

@@ -8,16 +8,26 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class VisionTokenRule:
-    """How many language-model slots an image takes.
+    """How many language-model slots an image takes, and what its slots see.
 
     patch_size: side of a square patch, pixels. An image of `rows x cols` patches takes `rows * cols` slots.
+    cls: the encoder has a [cls] token: each image's patches come after one [cls] slot of their own.
+    bidirectional: an image's slots see the whole image; otherwise they are as causal as text.
+    join_adjacent: images with no text between them see each other as one block, a quirk of VoRA's code.
     """
 
     patch_size: int
+    cls: bool = False
+    bidirectional: bool = True
+    join_adjacent: bool = False
 
     def num_tokens(self, rows: int, cols: int) -> int:
         """Vision tokens of an image of `rows x cols` patches."""
         return rows * cols
+
+    def num_places(self, rows: int, cols: int) -> int:
+        """Places such an image takes in `Patches`: its patches and its [cls] slot."""
+        return rows * cols + self.cls
 
 
 @dataclasses.dataclass(frozen=True)

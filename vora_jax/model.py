@@ -14,7 +14,8 @@ from vora_jax.nn.slots import SlotContext
 from vora_jax.nn.stack import LayerGroup
 from vora_jax.ops.attention import attention
 from vora_jax.types import VISION, Array, Params
-from vora_jax.vision.patch_frontend import PatchFrontend, PatchFrontendModule
+from vora_jax.vision.encoder_frontend import EncoderFrontend
+from vora_jax.vision.patch_frontend import PatchFrontend
 from vora_jax.vision.vit import VisionTransformer
 
 
@@ -29,7 +30,7 @@ class VisionLanguageModel(nn.Module):
 
     llm: LanguageModel
     groups: tuple[LayerGroup, ...]
-    vision: PatchFrontend | None = None
+    vision: PatchFrontend | EncoderFrontend | None = None
     distillation: Distillation | None = None
     attend: Callable = attention
     deterministic: bool = True
@@ -46,7 +47,7 @@ class VisionLanguageModel(nn.Module):
                                      distillation.head_eps, name='side')
             self.teacher = VisionTransformer(distillation.teacher, self.attend, dtype=self.llm.dtype)
         if self.vision is not None:
-            self.frontend = PatchFrontendModule(self.vision, self.llm.width, self.llm.dtype)
+            self.frontend = self.vision.module(self.llm.width, self.attend, self.llm.dtype)
         self.decoder = Decoder(self.llm, self.groups, side, self.attend, self.deterministic)
 
     @property
@@ -87,9 +88,9 @@ class VisionLanguageModel(nn.Module):
 
     def _teacher_features(self, batch: Batch) -> jax.Array:
         """f[L_distilled, B, Q, C]: the teacher's block outputs at the patches that feed the vision tokens."""
-        _, taps = self.teacher(batch.patches)
-        taps = jax.lax.stop_gradient(taps[jnp.asarray(self.distillation.blocks)])
-        return jnp.take_along_axis(taps, batch.vision_source[None, ..., None], axis=2)
+        blocks = self.teacher(batch.patches).blocks
+        blocks = jax.lax.stop_gradient(blocks[jnp.asarray(self.distillation.blocks)])
+        return jnp.take_along_axis(blocks, batch.vision_source[None, ..., None], axis=2)
 
     def unembedding(self, params: Params) -> jax.Array:
         """f32[D, V]: the head's kernel, from the model's full parameters."""

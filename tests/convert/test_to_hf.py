@@ -77,7 +77,7 @@ def test_a_failed_export_leaves_nothing(tmp_path, tokenizer, monkeypatch):
     def full(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr('vora_jax.convert.to_hf.save_file', full)
+    monkeypatch.setattr('vora_jax.convert.to_hf.write_shards', full)
     with pytest.raises(KeyboardInterrupt):
         export(params, model, prompting(tokenizer), str(tmp_path / 'out'))
     assert list(tmp_path.iterdir()) == []

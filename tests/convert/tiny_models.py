@@ -39,7 +39,7 @@ def make_model(kind: str):
     """(params, model): `kind` is a scope of unmerged adapters with teacher and heads, 'merged', or 'text_only'."""
     tied = kind in ('text', 'text_only')
     llm = LanguageModel(VOCAB, num_layers=3, width=24, mlp_width=40, num_heads=4, num_kv_heads=2, head_dim=8,
-                        rope_theta=1e4, norm_eps=1e-5, qkv_bias=not tied, tied_head=tied)
+                        rope_theta=1e4, norm_eps=1e-5, biases=() if tied else ('q_proj', 'k_proj', 'v_proj'), tied_head=tied)
     if kind == 'text_only':
         model = variants.language_model(llm).stage('pretrain').model
         return random_params(model), model

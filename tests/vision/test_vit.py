@@ -69,7 +69,7 @@ def test_the_classifier_sees_the_last_picture_of_its_own_segment(pictures):
 
     @quick_jit
     def run(params, batch):
-        features, _ = VisionTransformer(TEACHER).apply({'params': params['encoder']}, batch.patches)
+        features = VisionTransformer(TEACHER).apply({'params': params['encoder']}, batch.patches).output
         return model.apply({'params': params}, batch).hidden[0], features
     hidden, features = (np.asarray(x) for x in run(params, example))
     means = [np.asarray(features[0][example.patches.image_id[0] == image]).mean(0) for image in range(3)]

@@ -1,19 +1,16 @@
 """A model as a PyTorch / Hugging Face folder."""
-import contextlib
 import dataclasses
 import json
 import math
 import pathlib
 import shutil
-import tempfile
-from collections.abc import Iterator
 
 import jax.numpy as jnp
-import numpy as np
-from safetensors.numpy import save_file
 
 from vora_jax.convert.exportable import Exportable, exportable
 from vora_jax.convert.name_map import entries, to_foreign
+from vora_jax.convert.new_folder import new_folder
+from vora_jax.convert.safetensors_files import write_shards
 from vora_jax.convert.sentencepiece_json import write_tokenizer
 from vora_jax.model import VisionLanguageModel
 from vora_jax.types import Params, UserError
@@ -70,7 +67,7 @@ def export(params: Params, model: VisionLanguageModel, prompting: Prompting, fol
     if dtype not in DTYPES:
         raise UserError(f'export: dtype {dtype!r} is unknown; choose one of {", ".join(DTYPES)}.')
     what = exportable(params, model)
-    with _new_folder(folder, overwrite) as partial:
+    with new_folder(folder, overwrite, is_export) as partial:
         image_token_id = write_tokenizer(prompting.tokenizer, partial, prompting.eos_id, prompting.system)
         _write_weights(what, dtype, partial, max_shard_bytes)
         _write_json(partial / 'config.json', config_json(what.model, prompting, image_token_id, dtype))
@@ -98,7 +95,7 @@ def config_json(model: VisionLanguageModel, prompting: Prompting, image_token_id
         'num_hidden_layers': llm.num_layers, 'num_attention_heads': llm.num_heads,
         'num_key_value_heads': llm.num_kv_heads, 'head_dim': llm.head_dim, 'hidden_act': 'silu',
         'rope_parameters': {'rope_type': 'default', 'rope_theta': llm.rope_theta}, 'rms_norm_eps': llm.norm_eps,
-        'attention_bias': llm.qkv_bias, 'tie_word_embeddings': llm.tied_head,
+        'attention_bias': 'q_proj' in llm.biases, 'tie_word_embeddings': llm.tied_head,
         'adapters': adapters if any(group['linears'] for group in adapters) else [], 'vision': vision,
         'image_token_id': image_token_id, 'eos_token_id': prompting.eos_id, 'pad_token_id': prompting.eos_id,
         'dtype': dtype,
@@ -106,50 +103,9 @@ def config_json(model: VisionLanguageModel, prompting: Prompting, image_token_id
 
 
 def _write_weights(what: Exportable, dtype: str, folder: pathlib.Path, max_shard_bytes: int) -> None:
-    """model.safetensors, or numbered shards and their index; one shard is in memory at a time."""
-    shards, size = [[]], 0
-    for entry in entries(what.shapes):
-        num_bytes = math.prod(entry.shape) * jnp.dtype(dtype).itemsize
-        if shards[-1] and size + num_bytes > max_shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(entry.name)
-        size += num_bytes
-    tensors = to_foreign(what.params, what.shapes, dtype)
-    weight_map, total = {}, 0
-    for number, names in enumerate(shards, 1):
-        file = 'model.safetensors' if len(shards) == 1 else f'model-{number:05}-of-{len(shards):05}.safetensors'
-        shard: dict[str, np.ndarray] = dict(next(tensors) for _ in names)
-        total += sum(array.nbytes for array in shard.values())
-        save_file(shard, folder / file, metadata={'format': 'pt'})
-        weight_map |= dict.fromkeys(shard, file)
-    if len(shards) > 1:
-        index = {'metadata': {'total_size': total}, 'weight_map': weight_map}
-        _write_json(folder / 'model.safetensors.index.json', index)
-
-
-@contextlib.contextmanager
-def _new_folder(to: str, overwrite: bool) -> Iterator[pathlib.Path]:
-    """A temporary folder beside `to` that takes its place when the block ends well, and vanishes otherwise."""
-    target = pathlib.Path(to).absolute()
-    if target.exists() and not overwrite:
-        raise UserError(f'{to} exists already; choose another folder or pass --overwrite.')
-    if target.exists() and not is_export(target):
-        raise UserError(f'{to} exists and is no export of vora_jax, so it is not overwritten; choose another folder.')
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        outer = pathlib.Path(tempfile.mkdtemp(prefix=f'.{target.name}.', suffix='.partial', dir=target.parent))
-    except OSError as error:
-        raise UserError(f'{to} cannot be written ({error.strerror}); choose another folder.') from error
-    try:
-        folder = outer / 'new'
-        folder.mkdir()
-        yield folder
-        if target.exists():
-            target.rename(outer / 'old')
-        folder.rename(target)
-    finally:
-        shutil.rmtree(outer, ignore_errors=True)
+    """model.safetensors, or numbered shards and their index; one tensor is in memory at a time."""
+    infos = [(entry.name, jnp.dtype(dtype), entry.shape) for entry in entries(what.shapes)]
+    write_shards(folder, to_foreign(what.params, what.shapes, dtype), infos, max_shard_bytes)
 
 
 def is_export(folder: pathlib.Path) -> bool:

@@ -72,7 +72,7 @@ class Rows:
                 except UserError as error:
                     self._note(sample, str(error), check=True)
             bad += 1
-        return layout(segments, self._samples.budgets, bad)
+        return layout(segments, self._samples.budgets, bad, self._samples.rule)
 
     def _note(self, sample: int, reason: str, check: bool) -> None:
         with self._lock:

@@ -8,6 +8,7 @@ from typing import NamedTuple, Sequence
 import numpy as np
 
 from vora_jax.batch import Batch, Patches
+from vora_jax.method import VisionTokenRule
 from vora_jax.types import TEXT, VISION, Array
 
 
@@ -27,7 +28,7 @@ class Picture(NamedTuple):
 
 
 class Budgets(NamedTuple):
-    """Static sizes of a row: slots S, patches P (= vision tokens Q), images M. patch_dim 0: no pictures."""
+    """Static sizes of a row: slots S, patches P with [cls] slots (= vision tokens Q), images M. patch_dim 0: no pictures."""
 
     slots: int
     patches: int = 0
@@ -36,12 +37,13 @@ class Budgets(NamedTuple):
     pixel_dtype: str = 'uint8'
 
 
-def layout(segments: Sequence[Sequence[Text | Picture]], budgets: Budgets, bad_samples: int = 0) -> Batch:
+def layout(segments: Sequence[Sequence[Text | Picture]], budgets: Budgets, bad_samples: int = 0,
+           rule: VisionTokenRule | None = None) -> Batch:
     """One row (a `Batch` without its leading dimension) that holds the segments one after the other.
 
-    Text sees its segment up to itself; a picture's slots see their segment up to the picture's end. A slot's
-    target is the next slot's token where that token is supervised, so the last slot of a question predicts
-    the first of its answer.
+    Text sees its segment up to itself; a picture's slots see their segment up to the picture's end, unless the rule
+    says otherwise (None: its defaults). A slot's target is the next slot's token where that token is supervised, so the
+    last slot of a question predicts the first of its answer.
 
     Example: [[Text([7]), Picture(1 x 2), Text([8], supervised=True)], [Text([9])]] with 6 slots
 
@@ -71,9 +73,10 @@ def layout(segments: Sequence[Sequence[Text | Picture]], budgets: Budgets, bad_s
     patch_start, patch_stop = np.zeros((2, num_patches), np.int32)
     grid = np.zeros((num_images, 2), np.int32)
 
-    slot = patch = image = 0
+    rule = rule or VisionTokenRule(1)
+    slot = patch = image = token = 0
     for number, segment in enumerate(segments, 1):
-        first = slot
+        first, block = slot, None  # block: first slot of the pictures that see each other
         for part in segment:
             size = len(part.ids) if isinstance(part, Text) else len(part.pixels)
             end = slot + size
@@ -85,19 +88,24 @@ def layout(segments: Sequence[Sequence[Text | Picture]], budgets: Budgets, bad_s
                 supervised[here] = part.supervised
                 modality[here] = TEXT
                 key_stop[here] = np.arange(slot + 1, end + 1)
+                block = None
             else:
-                _check_picture(part, patch + size, image + 1, budgets)
+                places = slice(patch, patch + rule.num_places(part.rows, part.cols))
+                _check_picture(part, places.stop, image + 1, budgets)
                 modality[here] = VISION
-                key_stop[here] = end
-                there = slice(patch, patch + size)
-                vision_slot[there] = np.arange(slot, end)
-                vision_source[there] = np.arange(patch, patch + size)
+                key_stop[here] = np.arange(slot + 1, end + 1)
+                if rule.bidirectional:
+                    block = block if block is not None and rule.join_adjacent else slot
+                    key_stop[block:end] = end
+                there = slice(places.stop - size, places.stop)  # behind the [cls] slot
+                vision_slot[token:token + size] = np.arange(slot, end)
+                vision_source[token:token + size] = np.arange(there.start, there.stop)
                 pixels[there] = part.pixels
                 patch_row[there], patch_col[there] = np.divmod(np.arange(size), part.cols)
-                image_id[there] = image
-                patch_start[there], patch_stop[there] = patch, patch + size
+                image_id[places] = image
+                patch_start[places], patch_stop[places] = places.start, places.stop
                 grid[image] = part.rows, part.cols
-                patch, image = patch + size, image + 1
+                patch, image, token = places.stop, image + 1, token + size
             slot = end
         key_start[first:slot] = first
         positions[first:slot] = np.arange(slot - first)

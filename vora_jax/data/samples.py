@@ -25,10 +25,11 @@ class Samples:
         sizes: samples of each source.
         vocab_size: ids the tokenizer can give.
         budgets: sizes of a row; without a rule a row has no patches.
+        rule: how pictures become slots.
     """
 
     def __init__(self, data: Data, rule: VisionTokenRule | None, cache_bytes: int = CACHE_BYTES):
-        self._data, self._rule = data, rule
+        self._data, self.rule = data, rule
         self._tokenizer, self._template = load_tokenizer(data.tokenizer), find_template(data.template)
         self.vocab_size = self._tokenizer.vocab_size
         self._sources = [JsonLines(source.path) for source in data.sources]
@@ -60,7 +61,7 @@ class Samples:
         shown = [grids[piece.index] for piece in pieces if isinstance(piece, Image)]
         text = sum(len(piece.ids) for piece in pieces if isinstance(piece, Text))
         slots = text + sum(self._num_slots(grid) for grid in shown)
-        return slots, sum(rows * cols for rows, cols in shown), len(shown)
+        return slots, sum(self.rule.num_places(*grid) for grid in shown), len(shown)
 
     def segment(self, number: int) -> list[Text | Picture]:
         """The sample with its pictures decoded; UserError if it cannot be used."""
@@ -76,7 +77,7 @@ class Samples:
             number, source = number - self.sizes[source], source + 1
         where = self._sources[source].where(number)
         turns, frames = render_turns(self._sources[source][number], self._tokenizer, self._template, where)
-        if frames and self._rule is None:
+        if frames and self.rule is None:
             raise UserError(f'{where}: the sample has frames, but this method reads text; use other data.')
         return where, turns, [os.path.join(self._roots[source], frame) for frame in frames]
 
@@ -91,7 +92,8 @@ class Samples:
                 if isinstance(piece, Image):
                     grid = self._named(where, self._grid, paths[piece.index])
                     grids[piece.index] = grid
-                    slots, patches = slots + self._num_slots(grid), patches + grid[0] * grid[1]
+                    slots += self._num_slots(grid)
+                    patches += self.rule.num_places(*grid)
                 else:
                     slots += len(piece.ids)
             if slots > limits.slots or patches > limits.patches or len(grids) > limits.images:
@@ -104,15 +106,15 @@ class Samples:
         return kept, grids
 
     def _num_slots(self, grid: tuple[int, int]) -> int:
-        return self._rule.num_tokens(*grid)
+        return self.rule.num_tokens(*grid)
 
     def _grid(self, path: str) -> tuple[int, int]:
         if path not in self._grids:
-            self._grids[path] = fit_grid(*read_size(path), self._rule.patch_size, self._policy)
+            self._grids[path] = fit_grid(*read_size(path), self.rule.patch_size, self._policy)
         return self._grids[path]
 
     def _load(self, path: str) -> Picture:
-        return self._cache.get(path, lambda: load_picture(path, self._rule.patch_size, self._policy))
+        return self._cache.get(path, lambda: load_picture(path, self.rule.patch_size, self._policy))
 
     @staticmethod
     def _named(where: str, read: Any, path: str) -> Any:

@@ -82,12 +82,12 @@ class PromptRows:
     def _row(self, index: int) -> Batch:
         prompt = self._prompts[index]
         pictures = [_named(prompt.where, self._picture, image) for image in prompt.images]
-        return layout([place(self._pieces[index], pictures)], self.budgets)
+        return layout([place(self._pieces[index], pictures)], self.budgets, rule=self._rule)
 
     def _size(self, pieces: Sequence[Text | Image], grids: Sequence[tuple[int, int]]) -> tuple[int, int, int]:
         """(slots, patches, images) of a prompt."""
         slots = sum(len(piece.ids) for piece in pieces if isinstance(piece, Text))
-        patches = sum(rows * cols for rows, cols in grids)
+        patches = sum(self._rule.num_places(*grid) for grid in grids)
         return slots + sum(self._rule.num_tokens(*grid) for grid in grids), patches, len(grids)
 
     def _grid(self, image: str) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""The language model's decoder (Qwen2, Llama)."""
+"""The language model's decoder (Qwen, Llama)."""
 import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal
@@ -7,21 +7,23 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vora_jax.nn.block import BlockShape
+from vora_jax.nn.block import LINEARS, BlockShape
 from vora_jax.nn.norms import RMSNorm
 from vora_jax.nn.slots import SlotContext
 from vora_jax.nn.stack import LayerGroup, Remat, Stack
 from vora_jax.ops.attention import attention
-from vora_jax.ops.rope import rope_angles
+from vora_jax.ops.rope import RopeScaling, rope_angles
 from vora_jax.types import UserError
 
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModel:
-    """Sizes of a Qwen2- or Llama-family decoder.
+    """Sizes of a Qwen- or Llama-family decoder.
 
     vocab_size V, num_layers L, width D, mlp_width F, num_heads N, num_kv_heads K, head_dim H.
-    rope_theta: rotary base.    qkv_bias: biases on q, k, v (Qwen2).    tied_head: the head is the embedding.
+    rope_theta: rotary base.    rope_scaling: stretches it for long contexts (Llama 3.1).
+    biases: linears with a bias, such as ('q_proj', 'k_proj', 'v_proj') in Qwen2.
+    qk_norm: an RMSNorm on each query and key head (Qwen3).    tied_head: the head is the embedding.
     activation_dtype: of hidden states; parameters, norms, softmax, logits and losses stay f32.
     remat: `full` recomputes each layer in the backward pass.
     """
@@ -35,7 +37,9 @@ class LanguageModel:
     head_dim: int
     rope_theta: float = 10000.0
     norm_eps: float = 1e-6
-    qkv_bias: bool = False
+    rope_scaling: RopeScaling | None = None
+    biases: tuple[str, ...] = ()
+    qk_norm: bool = False
     tied_head: bool = False
     activation_dtype: Literal['float32', 'bfloat16'] = 'float32'
     remat: Remat = 'none'
@@ -46,6 +50,8 @@ class LanguageModel:
                             f'{self.num_heads}.')
         if self.head_dim % 2:
             raise UserError(f'LanguageModel.head_dim = {self.head_dim} is odd; rotary positions need pairs.')
+        if unknown := sorted(set(self.biases) - set(LINEARS)):
+            raise UserError(f'LanguageModel.biases: there is no linear {unknown[0]!r}; choose from {", ".join(LINEARS)}.')
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -54,7 +60,7 @@ class LanguageModel:
     @property
     def block_shape(self) -> BlockShape:
         return BlockShape(self.width, self.mlp_width, self.num_heads, self.num_kv_heads, self.head_dim, self.norm_eps,
-                          self.qkv_bias)
+                          biases=self.biases, qk_norm=self.qk_norm)
 
 
 class Decoder(nn.Module):
@@ -83,7 +89,7 @@ class Decoder(nn.Module):
     def __call__(self, x: jax.Array, positions: jax.Array, context: SlotContext, cache=None, side_scanned: Any = None,
                  side_shared: Any = None):
         """(f[B, T, D] normed last state, cache, side results) for input vectors x and `positions: i32[B, T]`."""
-        angles = rope_angles(positions, self.config.head_dim, self.config.rope_theta)
+        angles = rope_angles(positions, self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
         x, cache, side = self.layers(x, context._replace(angles=angles), cache, side_scanned, side_shared)
         return self.norm(x), cache, side
 

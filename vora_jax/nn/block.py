@@ -2,13 +2,15 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Literal
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from vora_jax.nn.adapted_dense import AdaptedDense
 from vora_jax.nn.adapters import LowRank
-from vora_jax.nn.norms import RMSNorm
+from vora_jax.nn.norms import Norm, RMSNorm, norm
 from vora_jax.nn.slots import SlotContext
 from vora_jax.ops.attention import attention
 from vora_jax.ops.rope import apply_rope
@@ -18,10 +20,20 @@ LINEARS = ('q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down
 # Which adapters sit on which linear of a block: ((linear, (adapter, ...)), ...).
 AdapterTable = tuple[tuple[str, tuple[LowRank, ...]], ...]
 
+# `silu_gated`: silu(gate) * up (Llama, Qwen, AIMv2). The others have no gate: gelu (DINOv2), its tanh form (SigLIP), and
+# x * sigmoid(1.702 x) (CLIP).
+Activation = Literal['silu_gated', 'gelu', 'gelu_tanh', 'gelu_quick']
+
 
 @dataclasses.dataclass(frozen=True)
 class BlockShape:
-    """Sizes of a pre-norm block: width D, mlp_width F, N query and K key/value heads of head_dim H."""
+    """Sizes of a pre-norm block, and the choices in which block families differ.
+
+    width D, mlp_width F, N query and K key/value heads of head_dim H.
+    norm: of its two norms.    activation: of its MLP.    biases: linears that have one.
+    qk_norm: an RMSNorm over H on each query and key head, before rotary positions (Qwen3).
+    layer_scale: a learned factor for each channel of both branches (DINOv2).
+    """
 
     width: int
     mlp_width: int
@@ -29,17 +41,23 @@ class BlockShape:
     num_kv_heads: int
     head_dim: int
     norm_eps: float
-    qkv_bias: bool = False
+    norm: Norm = 'rms'
+    activation: Activation = 'silu_gated'
+    biases: tuple[str, ...] = ()
+    qk_norm: bool = False
+    layer_scale: bool = False
 
 
 class Block(nn.Module):
-    """Pre-norm block of Llama, Qwen2 and AIMv2: RMSNorm, attention, RMSNorm, gated SiLU MLP.
+    """Pre-norm block: norm, attention, norm, MLP, each branch added to its input.
 
+    adapters: of its linears.    biases: linears that have one beyond `shape.biases`.
     attend: attention function with the signature of `ops.attention.attention`.
     """
 
     shape: BlockShape
     adapters: AdapterTable = ()
+    biases: tuple[str, ...] = ()
     attend: Callable = attention
     deterministic: bool = True
 
@@ -51,33 +69,54 @@ class Block(nn.Module):
         """
         shape, table = self.shape, dict(self.adapters)
 
-        def linear(name, features, axes, use_bias=False):
+        def linear(name, features, axes):
+            use_bias = name in shape.biases or name in self.biases
             dense = AdaptedDense(features, axes, table.get(name, ()), use_bias, self.deterministic, name=name)
             return functools.partial(dense, context=context)
 
-        y = RMSNorm(shape.norm_eps, name='attention_norm')(x)
+        y = norm(shape.norm, shape.norm_eps, 'attention_norm')(x)
         q_width, kv_width = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-        q = linear('q_proj', q_width, ('embed', 'heads'), shape.qkv_bias)(y)
-        k = linear('k_proj', kv_width, ('embed', 'kv'), shape.qkv_bias)(y)
-        v = linear('v_proj', kv_width, ('embed', 'kv'), shape.qkv_bias)(y)
+        q = linear('q_proj', q_width, ('embed', 'heads'))(y)
+        k = linear('k_proj', kv_width, ('embed', 'kv'))(y)
+        v = linear('v_proj', kv_width, ('embed', 'kv'))(y)
         q = q.reshape(*q.shape[:2], shape.num_heads, shape.head_dim)
         k, v = (z.reshape(*z.shape[:2], shape.num_kv_heads, shape.head_dim) for z in (k, v))
+        if shape.qk_norm:
+            q, k = (RMSNorm(shape.norm_eps, 'head_dim', name=name)(z) for name, z in (('q_norm', q), ('k_norm', k)))
         if context.angles is not None:
             q, k = apply_rope(q, context.angles), apply_rope(k, context.angles)
         if cache is not None:
             cache = tuple(write_cache(old, new, context.write_slot) for old, new in zip(cache, (k, v)))
             k, v = cache
         out = self.attend(q, k, v, context.key_range)
-        x = x + linear('o_proj', shape.width, ('heads', 'embed'))(out.reshape(*out.shape[:2], q_width))
+        out = linear('o_proj', shape.width, ('heads', 'embed'))(out.reshape(*out.shape[:2], q_width))
+        x = x + self.scaled(out, 'attention_scale')
 
-        y = RMSNorm(shape.norm_eps, name='mlp_norm')(x)
-        gate = linear('gate_proj', shape.mlp_width, ('embed', 'mlp'))(y)
-        up = linear('up_proj', shape.mlp_width, ('embed', 'mlp'))(y)
-        x = x + linear('down_proj', shape.width, ('mlp', 'embed'))(nn.silu(gate) * up)
-        return x, cache
+        y = norm(shape.norm, shape.norm_eps, 'mlp_norm')(x)
+        up = linear('up_proj', shape.mlp_width, ('embed', 'mlp'))
+        if shape.activation == 'silu_gated':
+            inner = nn.silu(linear('gate_proj', shape.mlp_width, ('embed', 'mlp'))(y)) * up(y)
+        else:
+            inner = activate(up(y), shape.activation)
+        out = linear('down_proj', shape.width, ('mlp', 'embed'))(inner)
+        return x + self.scaled(out, 'mlp_scale'), cache
+
+    def scaled(self, x: jax.Array, name: str) -> jax.Array:
+        """x times the layer scale of this name, where the shape has one."""
+        if not self.shape.layer_scale:
+            return x
+        scale = self.param(name, nn.with_logical_partitioning(nn.initializers.ones, ('embed',)), x.shape[-1:], jnp.float32)
+        return x * scale.astype(x.dtype)[None, None]
+
+
+def activate(x: jax.Array, activation: Activation) -> jax.Array:
+    """The ungated activation, applied to x: f[...]."""
+    if activation == 'gelu_quick':
+        return x * nn.sigmoid(jnp.asarray(1.702, x.dtype) * x)
+    return nn.gelu(x, approximate=activation == 'gelu_tanh')
 
 
 def write_cache(cache: jax.Array, new: jax.Array, write_slot: jax.Array) -> jax.Array:
     """f[B, S, K, H]: `cache` with `new: f[B, T, K, H]` at slots `write_slot: i32[B, T]` of each row; others unchanged."""
-    rows = jax.numpy.arange(cache.shape[0], dtype=jax.numpy.int32)[:, None]
+    rows = jnp.arange(cache.shape[0], dtype=jnp.int32)[:, None]
     return cache.at[rows, write_slot].set(new.astype(cache.dtype), mode='drop')

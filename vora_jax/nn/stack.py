@@ -17,19 +17,21 @@ Remat = Literal['none', 'full']
 
 @dataclasses.dataclass(frozen=True)
 class LayerGroup:
-    """Consecutive layers that are alike: same adapters, and all or none with the side module.
+    """Consecutive layers that are alike: same adapters and biases, and all or none with the side module.
 
     Compile time grows with the number of groups, not of layers.
+    biases: linears that have one beyond those of the block's shape.
     """
 
     num_layers: int
     adapters: AdapterTable = ()
     side: bool = False
+    biases: tuple[str, ...] = ()
 
 
-def group_layers(layers: Sequence[tuple[AdapterTable, bool]]) -> tuple[LayerGroup, ...]:
-    """The shortest groups for per-layer (adapters, has side module): group_layers([(a, True), (a, True), ((), False)])
-    gives (LayerGroup(2, a, True), LayerGroup(1))."""
+def group_layers(layers: Sequence[tuple]) -> tuple[LayerGroup, ...]:
+    """The shortest groups for per-layer (adapters, has side module[, biases]):
+    group_layers([(a, True), (a, True), ((), False)]) gives (LayerGroup(2, a, True), LayerGroup(1))."""
     return tuple(LayerGroup(len(list(run)), *kind) for kind, run in itertools.groupby(layers))
 
 
@@ -65,7 +67,8 @@ class Stack(nn.Module):
             scan = nn.scan(body, variable_axes={'params': 0}, split_rngs={'params': True, 'dropout': True},
                            in_axes=(nn.broadcast, 0, 0, nn.broadcast), length=group.num_layers,
                            metadata_params={nn.PARTITION_NAME: 'layers'})
-            module = scan(self.shape, group.adapters, side, self.attend, self.deterministic, name=f'group_{index}')
+            module = scan(self.shape, group.adapters, group.biases, side, self.attend, self.deterministic,
+                          name=f'group_{index}')
             part = slice(layer, layer + group.num_layers)
             group_cache = jax.tree.map(lambda c: c[part], cache)
             scanned = None
@@ -87,13 +90,14 @@ class ScannedLayer(nn.Module):
 
     shape: BlockShape
     adapters: AdapterTable
+    biases: tuple[str, ...]
     side: Callable[[], nn.Module] | None
     attend: Callable
     deterministic: bool
 
     @nn.compact
     def __call__(self, x, context: SlotContext, cache, side_scanned, side_shared):
-        block = Block(self.shape, self.adapters, self.attend, self.deterministic, name='block')
+        block = Block(self.shape, self.adapters, self.biases, self.attend, self.deterministic, name='block')
         leaving, cache = block(x, context, cache)
         result = None
         if self.side is not None:

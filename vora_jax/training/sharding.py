@@ -37,6 +37,7 @@ RULES = (
     ('layers', None),
     ('rank', None),
     ('slots', None),
+    ('head_dim', None),
 )
 
 

@@ -1,5 +1,6 @@
 """Patches straight into the language model."""
 import dataclasses
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -14,6 +15,10 @@ class PatchFrontend:
     """A front end without an encoder: patch embedding, then a linear to the language model's width."""
 
     patch_embed: PatchEmbed
+
+    def module(self, width: int, attend: Callable, dtype: jnp.dtype) -> nn.Module:
+        """The Linen module, f[B, P, width] of `Patches`; `attend` is not used."""
+        return PatchFrontendModule(self, width, dtype)
 
 
 class PatchFrontendModule(nn.Module):

@@ -31,7 +31,7 @@ class TokenClassifier(nn.Module):
     def hidden(self, batch: Batch) -> jax.Array:
         """f[B, S, C]: at each slot, the mean feature of its segment's last picture so far (0 before any)."""
         patches = batch.patches
-        features, _ = self.encoder(patches)
+        features = self.encoder(patches).output
         num_images = patches.grid.shape[1]
         member = jax.nn.one_hot(patches.image_id, num_images, dtype=features.dtype)  # -1 gives zeros
         total = jnp.einsum('bpm,bpc->bmc', member, features)

@@ -1,26 +1,32 @@
 """Vision transformer on packed patches."""
 import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from vora_jax.batch import Patches
-from vora_jax.nn.block import BlockShape
-from vora_jax.nn.norms import RMSNorm
+from vora_jax.nn.block import Activation, BlockShape
+from vora_jax.nn.norms import Norm, norm
 from vora_jax.nn.slots import SlotContext
 from vora_jax.nn.stack import LayerGroup, Stack, Tap
 from vora_jax.ops.attention import attention
 from vora_jax.types import UserError
+from vora_jax.vision.attention_pool import AttentionPool, Pool
 from vora_jax.vision.patch_embed import PatchEmbed, PatchEmbedding
 
 
 @dataclasses.dataclass(frozen=True)
 class Vit:
-    """A vision transformer of AIMv2's kind: RMSNorm, gated SiLU MLP, no biases, no [cls], learned positions.
+    """A pre-norm vision transformer; its width is that of the patch embedding.
 
-    width must equal patch_embed.width. Defaults: AIMv2-huge, patch 14, 448 pixels (El-Nouby et al. 2024).
+    The defaults are AIMv2-huge's, patch 14, 448 pixels (El-Nouby et al. 2024): RMSNorm, gated SiLU MLP, no biases.
+
+    norm, activation, biases, layer_scale: of its blocks, see `BlockShape`.
+    pre_norm: a norm before the first block (CLIP).
+    pool: the head that makes one vector of an image; 'none' for none.
     """
 
     patch_embed: PatchEmbed = PatchEmbed()
@@ -28,6 +34,12 @@ class Vit:
     mlp_width: int = 4096
     num_heads: int = 12
     norm_eps: float = 1e-5
+    norm: Norm = 'rms'
+    activation: Activation = 'silu_gated'
+    biases: tuple[str, ...] = ()
+    layer_scale: bool = False
+    pre_norm: bool = False
+    pool: Pool = 'none'
 
     def __post_init__(self):
         if self.width % self.num_heads:
@@ -40,24 +52,39 @@ class Vit:
     @property
     def block_shape(self) -> BlockShape:
         return BlockShape(self.width, self.mlp_width, self.num_heads, self.num_heads, self.width // self.num_heads,
-                          self.norm_eps)
+                          self.norm_eps, self.norm, self.activation, self.biases, layer_scale=self.layer_scale)
+
+
+class Features(NamedTuple):
+    """What an encoder computes of packed patches.
+
+    output: f[B, P, C] the last block's output, normed.    blocks: f[L, B, P, C] every block's output, unnormed.
+    pooled: f[B, M, C] one vector for each image, from `output`; None without `Vit.pool`.
+    """
+
+    output: jax.Array
+    blocks: jax.Array
+    pooled: jax.Array | None = None
 
 
 class VisionTransformer(nn.Module):
-    """(f[B, P, C] normed output, f[L, B, P, C] unnormed output of every block) of packed patches.
-
-    Each image sees itself only, so packed images give the same features as single ones.
-    """
+    """`Features` of packed patches. Each image sees itself only, so packed images give the same features as single ones."""
 
     config: Vit
     attend: Callable = attention
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, patches: Patches) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, patches: Patches) -> Features:
         config = self.config
         x = PatchEmbedding(config.patch_embed, self.dtype, name='patch_embed')(patches)
+        if config.pre_norm:
+            x = norm(config.norm, config.norm_eps, 'pre_norm')(x)
         groups = (LayerGroup(config.num_layers, side=True),)
         stack = Stack(config.block_shape, groups, Tap, self.attend, name='blocks')
-        x, _, taps = stack(x, SlotContext(patches.key_range), side_scanned=())
-        return RMSNorm(config.norm_eps, name='norm')(x), taps
+        x, _, blocks = stack(x, SlotContext(patches.key_range), side_scanned=())
+        x = norm(config.norm, config.norm_eps, 'norm')(x)
+        pooled = None
+        if config.pool != 'none':
+            pooled = AttentionPool(config.pool, config.block_shape, self.attend, name='pool')(x, patches)
+        return Features(x, blocks, pooled)
