@@ -141,3 +141,34 @@ def test_cache_forgets_the_oldest_and_is_pickled_empty():
     copy = pickle.loads(pickle.dumps(cache))
     copy.get('a', load('d'))
     assert loads[-1] == 'd'
+
+
+@pytest.mark.parametrize('size', [(50, 30), (30, 50), (40, 40), (28, 201)])
+def test_square_policies(size):
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    file = io.BytesIO()
+    PIL.Image.fromarray(pixels).save(file, 'PNG')
+    crop = ImagePolicy(kind='square_crop', side=28)
+    picture = load_picture(file, 14, crop)
+    assert fit_grid(size[1], size[0], 14, crop) == (2, 2) == (picture.rows, picture.cols)
+    scaled = (int(28 * size[0] / min(size)), int(28 * size[1] / min(size)))
+    left, top = (scaled[0] - 28) // 2, (scaled[1] - 28) // 2
+    whole = PIL.Image.fromarray(pixels).resize(scaled, PIL.Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(picture.pixels, patchify(np.asarray(whole)[top:top + 28, left:left + 28], 14))
+
+    file.seek(0)
+    picture = load_picture(file, 14, ImagePolicy(kind='square_pad', side=28, color=(1, 2, 3)))
+    canvas = np.full((max(size), max(size), 3), (1, 2, 3), np.uint8)
+    left, top = (max(size) - size[0]) // 2, (max(size) - size[1]) // 2
+    canvas[top:top + size[1], left:left + size[0]] = pixels
+    whole = PIL.Image.fromarray(canvas).resize((28, 28), PIL.Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(picture.pixels, patchify(np.asarray(whole), 14))
+
+
+def test_a_square_must_be_whole_patches_within_the_limit():
+    with pytest.raises(UserError, match='no whole patches of 14 pixels'):
+        fit_grid(30, 30, 14, ImagePolicy(kind='square_pad', side=30))
+    with pytest.raises(UserError, match='more than 3 of them'):
+        fit_grid(30, 30, 14, ImagePolicy(kind='square_pad', side=28, max_patches=3))
+    with pytest.raises(UserError, match='do not fit; give square pictures a side'):
+        ImagePolicy(kind='square_crop')

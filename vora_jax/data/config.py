@@ -3,6 +3,7 @@
 Frozen dataclasses, bindable from a configuration file.
 """
 import dataclasses
+from typing import Literal
 
 from vora_jax.types import UserError
 
@@ -27,16 +28,28 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class ImagePolicy:
-    """How a picture is brought to whole patches: at its own aspect ratio, bicubic.
+    """How a picture is brought to whole patches, with bicubic resizing.
 
-    max_patches, min_patches: limits of rows * columns of patches of one picture. A picture that is already a
+    kind: `native` keeps the aspect ratio. `square_pad` puts the picture in the middle of a square of `color` first,
+        `square_crop` brings the shorter side to `side` and cuts the middle out of the longer one (CLIP); both end at
+        `side` x `side` pixels.
+    max_patches, min_patches: limits of rows * columns of patches of one native picture. A picture that is already a
         multiple of the patch size within the limits keeps every pixel.
+    side: of a square, pixels.    color: red, green and blue of the padding, 0 to 255.
     """
 
     max_patches: int = 1024
     min_patches: int = 1
+    kind: Literal['native', 'square_pad', 'square_crop'] = 'native'
+    side: int = 0
+    color: tuple[int, int, int] = (0, 0, 0)
 
     def __post_init__(self):
+        if (self.kind == 'native') != (self.side == 0) or self.side < 0:
+            raise UserError(f'ImagePolicy: kind {self.kind!r} and side {self.side} do not fit; give square pictures a side '
+                            'in pixels, and native ones none.')
+        if len(self.color) != 3 or not all(0 <= value <= 255 for value in self.color):
+            raise UserError(f'ImagePolicy.color is {self.color}; it must be three values from 0 to 255.')
         if not 1 <= self.min_patches <= self.max_patches:
             raise UserError(f'ImagePolicy: min_patches {self.min_patches} and max_patches {self.max_patches} '
                             'must be at least 1 and in this order.')
@@ -71,3 +84,9 @@ class Data:
         for name in ('max_slots', 'max_patches', 'max_images'):
             if getattr(self, name) < 1:
                 raise UserError(f'Data.{name} is {getattr(self, name)}; it must be at least 1.')
+
+    @property
+    def image_policy(self) -> ImagePolicy:
+        """`image` within the patches of a row."""
+        most = min(self.image.max_patches, self.max_patches)
+        return dataclasses.replace(self.image, max_patches=most, min_patches=min(self.image.min_patches, most))

@@ -25,8 +25,13 @@ def fit_grid(height: int, width: int, patch_size: int, policy: ImagePolicy) -> t
     policy's limits.
 
     Qwen2-VL's rule: each side to the nearest multiple of the patch size; if that is over (under) the limit,
-    both sides are scaled by the same factor first and rounded down (up).
+    both sides are scaled by the same factor first and rounded down (up). A square policy has one answer for all.
     """
+    if policy.kind != 'native':
+        if policy.side % patch_size or (policy.side // patch_size)**2 > policy.max_patches:
+            raise UserError(f'ImagePolicy.side: {policy.side} pixels are no whole patches of {patch_size} pixels, or more '
+                            f'than {policy.max_patches} of them; choose another side or raise the limit of patches.')
+        return (policy.side // patch_size,) * 2
     rows, cols = max(1, round(height / patch_size)), max(1, round(width / patch_size))
     area = height * width / patch_size ** 2
     if rows * cols > policy.max_patches:
@@ -108,9 +113,33 @@ def load_picture(path: Any, patch_size: int, policy: ImagePolicy) -> Picture:
     image = decode(path)
     rows, cols = fit_grid(image.height, image.width, patch_size, policy)
     size = (cols * patch_size, rows * patch_size)
+    if policy.kind == 'square_pad':
+        image = pad_to_square(image, policy.color)
+    elif policy.kind == 'square_crop':
+        image = crop_to_square(image, policy.side)
     if image.size != size:
         image = image.resize(size, PIL.Image.Resampling.BICUBIC)
     return Picture(patchify(np.asarray(image), patch_size), rows, cols)
+
+
+def pad_to_square(image: PIL.Image.Image, color: tuple[int, int, int]) -> PIL.Image.Image:
+    """The picture in the middle of a square as large as its longer side."""
+    side = max(image.size)
+    if image.width == image.height:
+        return image
+    square = PIL.Image.new('RGB', (side, side), tuple(color))
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
+def crop_to_square(image: PIL.Image.Image, side: int) -> PIL.Image.Image:
+    """The middle of the picture, its shorter side resized to `side` first; as CLIP's processor does it."""
+    short = min(image.size)
+    size = tuple(side if edge == short else int(side * edge / short) for edge in image.size)
+    if size != image.size:
+        image = image.resize(size, PIL.Image.Resampling.BICUBIC)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side))
 
 
 class PictureCache:

@@ -6,7 +6,7 @@ measure samples before packing and to build rows.
 import os
 from typing import Any
 
-from vora_jax.data.config import Data, ImagePolicy
+from vora_jax.data.config import Data
 from vora_jax.data.conversation import Image, Turn, find_template, place, render_turns
 from vora_jax.data.image import PictureCache, fit_grid, load_picture, read_size
 from vora_jax.data.packing import Budgets, Picture, Text
@@ -43,8 +43,7 @@ class Samples:
         else:
             patch_dim = rule.patch_size ** 2 * 3
             self.budgets = Budgets(data.max_slots, data.max_patches, data.max_images, patch_dim)
-        limit = min(data.image.max_patches, data.max_patches)
-        self._policy = ImagePolicy(limit, min(data.image.min_patches, limit))
+        self._policy = data.image_policy
 
     def __len__(self) -> int:
         return sum(self.sizes)

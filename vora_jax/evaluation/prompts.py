@@ -3,7 +3,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from vora_jax.batch import Batch
-from vora_jax.data.config import Data, ImagePolicy
+from vora_jax.data.config import Data
 from vora_jax.data.conversation import Image, find_template, place, render_prompt
 from vora_jax.data.image import PictureCache, fit_grid, load_picture, read_size
 from vora_jax.data.packing import Budgets, Picture, Text, layout, stack
@@ -48,8 +48,7 @@ class PromptRows:
             UserError: a picture cannot be read, the model takes none, or the placeholders do not match.
         """
         self._rule, self._cache = rule, PictureCache(CACHE_BYTES)
-        limit = min(data.image.max_patches, data.max_patches)
-        self._policy = ImagePolicy(limit, min(data.image.min_patches, limit))
+        self._policy = data.image_policy
         self._prompts, template = prompts, find_template(data.template)
         self._pieces, grids, sizes = [], {}, []
         for prompt in prompts:
