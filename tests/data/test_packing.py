@@ -5,6 +5,7 @@ import pytest
 
 from vora_jax.data.fake import fake_batch, random_segments
 from vora_jax.data.packing import Budgets, Picture, Text, layout, plan, stack
+from vora_jax.method import VisionTokenRule
 from vora_jax.types import PAD, TEXT, VISION
 
 BUDGETS = Budgets(slots=40, patches=24, images=5, patch_dim=12)
@@ -63,6 +64,41 @@ def test_key_range_equals_double_loop_on_random_layouts():
         seen['padded'] += bool((row.modality == PAD).any())
         seen['text only'] += not any(map(any, kinds))
     assert all(count > 30 for count in seen.values()), seen
+
+
+@pytest.mark.parametrize('rule', [
+    VisionTokenRule(2, bidirectional=False), VisionTokenRule(2, join_adjacent=True), VisionTokenRule(2, cls=True)])
+def test_other_rules_equal_double_loop_on_random_layouts(rule):
+    rng = np.random.default_rng(3)
+    keys = np.arange(BUDGETS.slots)
+    for trial in range(200):
+        segments = random_segments(rng, BUDGETS._replace(patches=18), vocab_size=50)
+        row, slots = layout(segments, BUDGETS, rule=rule), flat_slots(segments)
+        if rule.join_adjacent:  # one number for a run of pictures: a picture right after one takes its number
+            for index in range(1, len(slots)):
+                if slots[index][0] == slots[index - 1][0] and None not in (slots[index][1], slots[index - 1][1]):
+                    slots[index] = (slots[index][0], slots[index - 1][1], *slots[index][2:])
+        elif not rule.bidirectional:
+            slots = [(segment, None, *rest) for segment, _, *rest in slots]
+        ranges = (row.key_start[:, None] <= keys) & (keys < row.key_stop[:, None])
+        np.testing.assert_array_equal(ranges, brute_force_mask(slots, BUDGETS.slots), err_msg=str(trial))
+
+
+def test_a_cls_slot_comes_before_the_patches_of_its_image():
+    rule = VisionTokenRule(2, cls=True)
+    row = layout([[picture(1, 2, 7), Text([4]), picture(1, 1, 8)]], BUDGETS, rule=rule)
+    patches = row.patches
+    np.testing.assert_array_equal(patches.image_id[:6], [0, 0, 0, 1, 1, -1])
+    np.testing.assert_array_equal(patches.row[:6], [-1, 0, 0, -1, 0, -1])
+    np.testing.assert_array_equal(patches.col[:6], [-1, 0, 1, -1, 0, -1])
+    np.testing.assert_array_equal(patches.pixels[:6, 0], [0, 7, 7, 0, 8, 0])
+    np.testing.assert_array_equal(patches.key_start[:5], [0, 0, 0, 3, 3])
+    np.testing.assert_array_equal(patches.key_stop[:5], [3, 3, 3, 5, 5])
+    np.testing.assert_array_equal(row.vision_slot[:4], [0, 1, 3, -1])
+    np.testing.assert_array_equal(row.vision_source[:4], [1, 2, 4, 0])
+    assert rule.num_tokens(1, 2) == 2 and rule.num_places(1, 2) == 3
+    with pytest.raises(ValueError, match='do not fit into a row'):
+        layout([[picture(1, 2)]], BUDGETS._replace(patches=2), rule=rule)
 
 
 def test_slots_targets_and_patches_equal_a_plain_loop():

@@ -1,6 +1,6 @@
 """Text to token ids and back.
 
-One small interface; SentencePiece behind it. A tokenizer lives in a folder.
+One small interface; SentencePiece or the `tokenizers` library behind it. A tokenizer lives in a folder.
 """
 import hashlib
 import io
@@ -9,24 +9,45 @@ from typing import Iterable, Protocol, Sequence
 
 import sentencepiece
 
+from vora_jax.data.bpe_tokenizer import open_json, open_pair
+from vora_jax.data.piece_tokenizer import PieceTokenizer, has_control_pieces
+from vora_jax.data.special_tokens import IM_END, IM_START, IMAGE, read_settings
 from vora_jax.types import UserError
 
-IM_START, IM_END, IMAGE = '<|im_start|>', '<|im_end|>', '<image>'
 MARKERS = (IM_START, IM_END, IMAGE)
 
 
 class Tokenizer(Protocol):
-    """What the rest needs of a tokenizer. eos_id ends an answer; pad_id is never part of a text."""
+    """What the rest needs of a tokenizer.
+
+    vocab_size: ids it can give for texts without `<image>`.
+    eos_id: ends a text; what ends an *answer* is the template's, see `templates.Template.end_id`.
+    bos_id: begins a text; None if the tokenizer has none.
+    pad_id: fills up.
+    """
 
     vocab_size: int
     eos_id: int
+    bos_id: int | None
     pad_id: int
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text, markers such as `<|im_end|>` as their own ids; nothing is added."""
+        """Ids of the text, special tokens such as `<|im_end|>` as their own ids; nothing is added."""
+
+    def encode_spans(self, text: str, start: bool = True) -> tuple[list[int], list[tuple[int, int]]]:
+        """(ids, [(begin, stop), ...]): what each id covers, counted in characters.
+
+        The ids that make up one character together cover it all, or nothing but its place.
+        start: False for what continues a text behind a special token or a picture; some tokenizers put a space in
+            front of a text.
+        """
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of the ids; `decode(encode(text)) == text`."""
+        """The text of the ids. `decode(encode(text)) == text`, except for spaces and Unicode forms that the tokenizer
+        itself normalises."""
+
+    def token_id(self, text: str) -> int | None:
+        """Id of the special token with this text; None if there is none."""
 
 
 class SentencePieceTokenizer:
@@ -36,13 +57,22 @@ class SentencePieceTokenizer:
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         self.vocab_size: int = self._processor.get_piece_size()
         self.eos_id: int = self._marker_id(IM_END, self._processor.eos_id())
+        self.bos_id: int | None = None if self._processor.bos_id() < 0 else self._processor.bos_id()
         self.pad_id: int = max(self._processor.pad_id(), 0)
 
     def encode(self, text: str) -> list[int]:
         return self._processor.encode(text)
 
+    def encode_spans(self, text: str, start: bool = True) -> tuple[list[int], list[tuple[int, int]]]:
+        pieces = self._processor.encode(text, out_type='immutable_proto').pieces
+        return [piece.id for piece in pieces], [(piece.begin, piece.end) for piece in pieces]
+
     def decode(self, ids: Sequence[int]) -> str:
         return self._processor.decode([int(token) for token in ids])
+
+    def token_id(self, text: str) -> int | None:
+        token = self._processor.piece_to_id(text)
+        return token if self._processor.encode(text) == [token] else None
 
     def _marker_id(self, marker: str, otherwise: int) -> int:
         token = self._processor.piece_to_id(marker)
@@ -50,15 +80,34 @@ class SentencePieceTokenizer:
 
 
 def load_tokenizer(folder: str) -> Tokenizer:
-    """The tokenizer in the folder; UserError if there is none."""
-    file = pathlib.Path(folder) / 'tokenizer.model'
-    if not file.is_file():
-        raise UserError(f'{folder} holds no tokenizer.model; give Data.tokenizer the `tokenizer` folder that '
-                        '`vora prepare` wrote.')
+    """The tokenizer in the folder, by what the folder holds.
+
+    tokenizer.json comes first: where other files stand beside it (`vora export` writes a tokenizer.model too, Llama 3
+    a tokenizer.model that is none of SentencePiece's) it is the one `transformers` reads, and it alone holds tokens
+    that were added later. Then tokenizer.model, then the pair vocab.json and merges.txt.
+
+    Raises:
+        UserError: the folder holds no tokenizer, or one that cannot be opened.
+    """
+    path = pathlib.Path(folder)
+    if (path / 'tokenizer.json').is_file():
+        return open_json(path / 'tokenizer.json', read_settings(path))
+    if (path / 'tokenizer.model').is_file():
+        return _open_model(path / 'tokenizer.model')
+    if (path / 'vocab.json').is_file() and (path / 'merges.txt').is_file():
+        return open_pair(path, read_settings(path))
+    raise UserError(f'{folder} holds no tokenizer.json, tokenizer.model, or vocab.json with merges.txt; give '
+                    'Data.tokenizer the `tokenizer` folder that `vora prepare` wrote, or the folder of a model.')
+
+
+def _open_model(file: pathlib.Path) -> Tokenizer:
+    model = file.read_bytes()
     try:
-        return SentencePieceTokenizer(file.read_bytes())
+        tokenizer = SentencePieceTokenizer(model)
+        return PieceTokenizer(model, read_settings(file.parent)) if has_control_pieces(model) else tokenizer
     except RuntimeError as error:
-        raise UserError(f'{file} is not a SentencePiece model; run `vora prepare` again.') from error
+        raise UserError(f'{file} is not a SentencePiece model; run `vora prepare` again, or fetch the tokenizer.json '
+                        'that belongs to it.') from error
 
 
 def fingerprint(folder: str) -> str:
