@@ -23,7 +23,7 @@ def sample_position_table(table: jax.Array, row: jax.Array, col: jax.Array, grid
 
     On an image of exactly R x K patches all are `table[row, col]`, bit for bit.
     """
-    table = table.astype(jnp.float32)
+    table = jnp.asarray(table, jnp.float32)
     rows, cols, _ = table.shape
     if sampling == 'bicubic':
         return _sample(table, _cubic_taps(row, grid[..., 0], rows), _cubic_taps(col, grid[..., 1], cols))
