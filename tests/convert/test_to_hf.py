@@ -9,6 +9,7 @@ from tiny_models import make_model, make_tokenizer, prompting
 
 from vora_jax.convert.exportable import exportable
 from vora_jax.convert.name_map import from_foreign
+from vora_jax.convert.own_layout import OWN
 from vora_jax.convert.to_hf import export
 from vora_jax.types import UserError
 from vora_jax.vision.token_classifier import TokenClassifier
@@ -32,7 +33,7 @@ def test_the_folder_is_complete_and_holds_the_weights(tmp_path, tokenizer):
     what = exportable(params, model)
     assert (done.num_tensors, done.num_bytes) == (len(tensors), sum(x.nbytes for x in tensors.values()))
     assert done.num_parameters == sum(x.size for x in what.params.values())
-    for path, leaf in from_foreign(tensors, what.shapes).items():
+    for path, leaf in from_foreign(tensors, what.shapes, OWN).items():
         np.testing.assert_array_equal(leaf, what.params[path])
     config = json.loads((tmp_path / 'out' / 'config.json').read_text())
     assert config['vision']['max_patches'] == 24 and config['rope_parameters']['rope_theta'] == 1e4

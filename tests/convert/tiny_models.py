@@ -1,4 +1,5 @@
 """Debug-size models with random weights, prompts, pictures."""
+import dataclasses
 import functools
 import pathlib
 
@@ -17,9 +18,16 @@ from vora_jax.data.tokenizer import load_tokenizer, train_sentencepiece
 from vora_jax.evaluation.prompts import Prompt, PromptRows
 from vora_jax.llm.decoder import LanguageModel
 from vora_jax.merge import merge
-from vora_jax.method import VisionTokenRule
+from vora_jax.method import Method, Stage, VisionTokenRule
+from vora_jax.model import VisionLanguageModel
+from vora_jax.nn.adapters import LowRank
+from vora_jax.nn.block import LINEARS
+from vora_jax.nn.stack import LayerGroup
+from vora_jax.ops.rope import RopeScaling
 from vora_jax.params import flatten, unflatten
+from vora_jax.vision.encoder_frontend import EncoderFrontend, Projector
 from vora_jax.vision.patch_embed import PatchEmbed
+from vora_jax.vision.patch_frontend import PatchFrontend
 from vora_jax.vision.vit import Vit
 
 VOCAB = 300
@@ -27,6 +35,10 @@ PATCH = 4
 TEXTS = ['what is the colour of the shape?', 'is there a red triangle?', 'how many?', 'user', 'assistant',
          'no, it is blue'] * 9
 KINDS = ('all', 'vision', 'text', 'merged', 'text_only')
+LLM = LanguageModel(VOCAB, num_layers=3, width=24, mlp_width=40, num_heads=4, num_kv_heads=2, head_dim=8, rope_theta=1e4,
+                    norm_eps=1e-5)
+QKV = ('q_proj', 'k_proj', 'v_proj')
+UNGATED = tuple(linear for linear in LINEARS if linear != 'gate_proj')
 
 
 def make_tokenizer(folder: pathlib.Path) -> str:
@@ -38,8 +50,7 @@ def make_tokenizer(folder: pathlib.Path) -> str:
 def make_model(kind: str):
     """(params, model): `kind` is a scope of unmerged adapters with teacher and heads, 'merged', or 'text_only'."""
     tied = kind in ('text', 'text_only')
-    llm = LanguageModel(VOCAB, num_layers=3, width=24, mlp_width=40, num_heads=4, num_kv_heads=2, head_dim=8,
-                        rope_theta=1e4, norm_eps=1e-5, biases=() if tied else ('q_proj', 'k_proj', 'v_proj'), tied_head=tied)
+    llm = dataclasses.replace(LLM, biases=() if tied else QKV, tied_head=tied)
     if kind == 'text_only':
         model = variants.language_model(llm).stage('pretrain').model
         return random_params(model), model
@@ -50,6 +61,65 @@ def make_model(kind: str):
     model = method.stage('pretrain').model
     params = random_params(model)
     return merge(params, model) if kind == 'merged' else (params, model)
+
+
+def _embed(**changes) -> PatchEmbed:
+    return PatchEmbed(PATCH, width=16, table_rows=3, table_cols=4, **changes)
+
+
+def _built(model: VisionLanguageModel, **rule) -> Method:
+    """A method of none of `variants`' functions."""
+    return Method('built', {'only': Stage(model)}, VisionTokenRule(PATCH, **rule))
+
+
+def _vit(embed: PatchEmbed, norm: str, activation: str, **changes) -> Vit:
+    biases = UNGATED if norm == 'layer' else ()
+    return Vit(embed, num_layers=3, mlp_width=20, num_heads=2, norm_eps=1e-5, norm=norm, activation=activation,
+               biases=biases, **changes)
+
+
+@functools.cache
+def make_variety() -> dict[str, tuple[Method, str]]:
+    """{kind: (method, stage)}: between them every choice that decoder, adapters, front ends and token rules have."""
+    low = {scope: LowRank(rank, 0.6, scope=scope) for rank, scope in enumerate(('all', 'vision', 'text'), 2)}
+    table = (('q_proj', tuple(low.values())), ('down_proj', (low['text'], low['all'])))
+    several = (LayerGroup(1, table, biases=('o_proj',)),
+               LayerGroup(1, (('gate_proj', (low['vision'],)),), biases=('up_proj', 'k_proj')), LayerGroup(1))
+    llama = dataclasses.replace(LLM, tied_head=True, num_kv_heads=1, rope_scaling=RopeScaling(
+        4.0, low_freq_factor=1.0, high_freq_factor=3.0, original_max_positions=32))
+    linear = dataclasses.replace(LLM, biases=QKV, rope_scaling=RopeScaling(3.0, 'linear'))
+    qwen3 = dataclasses.replace(LLM, qk_norm=True, num_kv_heads=4)
+    first_rows = _embed(positions='first_rows', bias=False)
+    teacher = Vit(first_rows, num_layers=1, mlp_width=16, num_heads=2)
+    clip = _vit(_embed(norm=False, bias=False, cls_token=True), 'layer', 'gelu_quick', pre_norm=True)
+    dino = _vit(_embed(norm=False, positions='bicubic', cls_token=True, mask_token=True), 'layer', 'gelu', layer_scale=True)
+    siglip = _vit(_embed(norm=False, mean=(0.5,) * 3, std=(0.4, 0.5, 0.6)), 'layer', 'gelu_tanh', pool='attention_mlp')
+    aimv2 = _vit(_embed(positions='sincos'), 'rms', 'silu_gated', pool='attention')
+    no_adapters = (LayerGroup(3),)
+    patches = PatchFrontend(_embed(positions='bicubic', norm=False, cls_token=True, mask_token=True))
+    return {
+        'llama': (variants.language_model(llama), 'pretrain'),
+        'several': (_built(VisionLanguageModel(LLM, several, PatchFrontend(_embed()))), 'only'),
+        'quirks': (variants.vora(linear, first_rows, teacher, 2, num_adapted_layers=2, extra_biases=True,
+                                 join_adjacent_images=True), 'finetune'),
+        'causal': (_built(VisionLanguageModel(qwen3, no_adapters, patches), bidirectional=False), 'only'),
+        'clip': (variants.llava(LLM, clip, Projector()), 'finetune'),
+        'dino': (_built(VisionLanguageModel(LLM, no_adapters, EncoderFrontend(dino, (0, -1), Projector(1, False))),
+                        cls=True), 'only'),
+        'siglip': (variants.llava(qwen3, siglip, Projector(3), (-1,)), 'pretrain'),
+        'aimv2': (variants.llava(linear, aimv2, Projector(2, False), (-2, -1)), 'finetune'),
+    }
+
+
+@functools.cache
+def make_any(kind: str):
+    """(params, model, rule) of a kind of KINDS or `make_variety`."""
+    if kind in KINDS:
+        params, model = make_model(kind)
+        return params, model, VisionTokenRule(PATCH) if model.vision else None
+    method, stage = make_variety()[kind]
+    model = method.stage(stage).model
+    return random_params(model), model, method.vision_tokens
 
 
 def random_params(model):
@@ -78,8 +148,9 @@ def make_questions(folder: pathlib.Path, sees: bool) -> list[Question]:
     return questions
 
 
-def rows(questions, tokenizer: str, sees: bool, template: str = 'chatml', max_patches: int = 24) -> PromptRows:
-    """The questions as rows of the training code."""
+def rows(questions, tokenizer: str, sees: bool, template: str = 'chatml', max_patches: int = 24,
+         rule: VisionTokenRule | None = None) -> PromptRows:
+    """The questions as rows of the training code; rule: None is that of KINDS."""
     data = Data((Source('none'),), tokenizer, template, image=ImagePolicy(max_patches))
     prompts = [Prompt(question.text, question.images) for question in questions]
-    return PromptRows(prompts, data, VisionTokenRule(PATCH) if sees else None, load_tokenizer(tokenizer))
+    return PromptRows(prompts, data, rule or VisionTokenRule(PATCH) if sees else None, load_tokenizer(tokenizer))

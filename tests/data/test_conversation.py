@@ -3,28 +3,35 @@
 import pytest
 
 from vora_jax.data.conversation import (
-    TEMPLATES,
     Image,
-    find_template,
     place,
     render,
     render_prompt,
     render_turns,
 )
 from vora_jax.data.packing import Text
+from vora_jax.data.templates import TEMPLATES, find_template
 from vora_jax.types import UserError
+
+CHATML = ('chatml', 'chatml_system', 'vora', 'qwen2.5', 'smollm2')
 
 
 class Letters:
     """A tokenizer with one id for each character; 1 ends an answer."""
 
-    vocab_size, eos_id, pad_id = 0x110000, 1, 0
+    vocab_size, eos_id, pad_id, bos_id = 0x110000, 1, 0, 2
 
     def encode(self, text):
         return [ord(letter) for letter in text]
 
     def decode(self, ids):
         return ''.join(map(chr, ids))
+
+    def encode_spans(self, text, start=True):
+        return self.encode(text), [(place, place + 1) for place in range(len(text))]
+
+    def token_id(self, text):
+        return 1 if text in ('<|im_end|>', '</s>', '<|eot_id|>') else None
 
 
 def record(*values, frames=None, roles=('human', 'gpt')):
@@ -67,7 +74,7 @@ def test_several_turns_and_images():
 def test_a_system_turn_replaces_the_templates():
     sample = record('q', 'a')
     sample['conversations'].insert(0, {'from': 'system', 'value': 'Be brief.'})
-    for template in TEMPLATES:
+    for template in CHATML:
         assert rendered(sample, template).startswith(
             '<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nq'
         )

@@ -53,8 +53,9 @@ def make_wheel(path, images=40, change=lambda split, rows, pictures: None):
 
 def convert(wheel, to, max_bad=0.01):
     with new_folder(str(to)) as folder:
-        content = easy_vqa.convert(wheel, folder, lambda items, desc: items, sha256=None)
-        return finish(folder, content, max_bad)
+        content = easy_vqa.convert(wheel, folder, lambda items, desc: items)
+        sha256 = hashlib.sha256(open(wheel, 'rb').read()).hexdigest()
+        return finish(folder, {'source': {'name': easy_vqa.REQUIREMENT, 'sha256': sha256}, **content}, max_bad)
 
 
 def read_rows(file):

@@ -1,10 +1,11 @@
 """Round trip, determinism, markers."""
 
 import pickle
+import shutil
 
 import pytest
 
-from vora_jax.data.tokenizer import MARKERS, fingerprint, load_tokenizer, train_sentencepiece
+from vora_jax.data.tokenizer import MARKERS, fingerprint, load_tokenizer, tokenizer_files, train_sentencepiece
 from vora_jax.types import UserError
 
 TEXTS = ['what color is the shape?', 'blue', 'a blue circle.', 'yes', 'no', 'is there a circle?'] * 20
@@ -57,6 +58,16 @@ def test_same_texts_give_the_same_file(folder, tmp_path):
     assert fingerprint(folder) == fingerprint(str(tmp_path / 'again'))
     train_sentencepiece(TEXTS + ['other words'] * 9, str(tmp_path / 'other'), 320)
     assert fingerprint(folder) != fingerprint(str(tmp_path / 'other'))
+
+
+def test_only_the_tokenizers_files_count(folder, tmp_path):
+    before = fingerprint(folder)
+    shutil.copytree(folder, tmp_path / 'model')
+    (tmp_path / 'model' / 'model.safetensors').write_bytes(b'large')
+    assert fingerprint(str(tmp_path / 'model')) == before
+    assert [file.name for file in tokenizer_files(str(tmp_path / 'model'))] == ['tokenizer.model']
+    (tmp_path / 'model' / 'tokenizer_config.json').write_text('{}')
+    assert fingerprint(str(tmp_path / 'model')) != before
 
 
 def test_pickle(folder):

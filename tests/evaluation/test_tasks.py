@@ -93,4 +93,4 @@ def test_answers_end_at_the_end_mark(run):
     ids = tokenizer.encode('red')
     end = tokenizer.eos_id
     rows = [ids + [end, 0, 0], [end] + ids + [end, end], ids + [tokenizer.vocab_size + 5] * 3]
-    assert decode_answers(np.array(rows), tokenizer) == ['red', '', 'red']
+    assert decode_answers(np.array(rows), tokenizer, end) == ['red', '', 'red']

@@ -3,7 +3,7 @@ import argparse
 
 from vora_jax.cli.opened_model import OpenedModel, open_model
 from vora_jax.convert.to_hf import DTYPES, Prompting, export
-from vora_jax.data.conversation import find_template
+from vora_jax.data.templates import find_template
 
 HELP = """Write a checkpoint as a PyTorch / Hugging Face folder.
 
@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
 
 def prompting(opened: OpenedModel) -> Prompting:
     """How this checkpoint's prompts are made."""
-    data = opened.data
+    data, template = opened.data, find_template(opened.data.template)
     most = min(data.image.max_patches, data.max_patches)  # a picture must also fit a row
-    return Prompting(data.tokenizer, opened.tokenizer.eos_id, find_template(data.template).system,
+    return Prompting(data.tokenizer, template.end_id(opened.tokenizer), template.system,
                      min(data.image.min_patches, most), most)

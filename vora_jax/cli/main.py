@@ -1,6 +1,6 @@
 """The console command `vora`.
 
-Each verb is a module of this package, imported when it is asked for:
+Each verb is a module of this package (`import_` for import, a word of Python), imported when it is asked for:
 
     HELP: str                    what it does, with an example
     EXAMPLE: str                 the example, if HELP has none
@@ -11,6 +11,7 @@ Each verb is a module of this package, imported when it is asked for:
 import argparse
 import importlib
 import importlib.metadata
+import keyword
 import os
 import sys
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ VERBS = {
     'eval': 'score a checkpoint on tasks',
     'generate': 'answer a question about a picture in the terminal',
     'merge': 'fold the adapters of a checkpoint into its weights',
+    'import': 'read a Hugging Face folder as a checkpoint',
     'export': 'write a checkpoint as a PyTorch / Hugging Face folder',
     'verify': 'compare a checkpoint with its exported folder',
 }
@@ -87,7 +89,7 @@ def _overview() -> str:
 
 
 def _import(verb: str) -> ModuleType:
-    name = f'{__package__}.{verb}'
+    name = f'{__package__}.{verb}{"_" * keyword.iskeyword(verb)}'
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:

@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
         rows = PromptRows(prompts, opened.data, opened.rule, opened.tokenizer)
         batches = tqdm.tqdm(rows.batches(BATCH_ROWS), total=-(-len(rows) // BATCH_ROWS), leave=False, disable=None)
         questions = [Question(prompt.question, prompt.images, prompt.where) for prompt in prompts]
-        found = verify(opened.params, opened.model, args.folder, questions, batches, eos_id=opened.tokenizer.eos_id,
+        found = verify(opened.params, opened.model, args.folder, questions, batches, eos_id=rows.end_id,
                        max_new_tokens=args.max_new_tokens, tolerance=args.tolerance)
     _report(found, args)
     return 1 if found.problems else 0

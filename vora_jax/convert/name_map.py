@@ -1,81 +1,76 @@
-"""Our parameter paths and Hugging Face's names.
+"""Our parameter paths and foreign names.
 
-One table, read in both directions. The decoder has Qwen2's names; adapters are PEFT-like (`q_proj.lora_A.0.weight`); the
-front end has the names of VoRA's own checkpoints (`vision_embedding.*`).
+A table of rows is read in both directions. Nothing is skipped: every parameter has a row, every foreign tensor is
+used once, is an alias of a used one, or is ignored for a stated reason.
 """
 import dataclasses
+import fnmatch
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
-from vora_jax.nn.block import LINEARS
+from vora_jax.convert.layouts import Layout, Shape
+from vora_jax.convert.mismatch import Shapes, check, name_list
 from vora_jax.types import Array, UserError
 
-Shape = tuple[int, ...]
-Shapes = Mapping[str, Shape]  # our parameter path -> shape, layers stacked
+_GROUP, _ADAPTER = re.compile(r'group_(\d+)'), re.compile(r'adapter_(\d+)')
 
 
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """How one tensor lies in memory on the two sides.
+class Row(NamedTuple):
+    """One parameter and its foreign name.
 
-    export: our array -> theirs.    restore: (their array, our shape) -> ours.    shape: our shape -> theirs.
+    path: ours. `*` stands for the layer group of a stack (`decoder/layers/*/block/q_proj/kernel`), `adapter_#` for any
+        adapter.
+    name: theirs. `{layer}` is the index over the whole stack, `#` the number of the adapter.
+    layout: how the two relate.
+
+    Rows of the same name are pieces of that tensor, concatenated along `layout.axis` in the order of the table.
     """
 
-    export: Callable[[Array], Array]
-    restore: Callable[[Array, Shape], Array]
-    shape: Callable[[Shape], Shape]
+    path: str
+    name: str
+    layout: Layout
 
 
-def _patch_side(patch_dim: int) -> int:
-    return round((patch_dim // 3) ** 0.5)
+class Table(NamedTuple):
+    """The names of one family of checkpoints. It may hold rows for parameters that only some of its models have.
+
+    ignored: (fnmatch pattern of foreign names, why they are not needed).
+    renames: (regex, replacement) for the beginning of foreign names, applied in this order: other spellings of the
+        names become the table's.
+    aliases: (foreign name, other foreign name): where no parameter needs the first, it may be there all the same, and
+        must then equal the second byte for byte (the head of a model that ties it to its embedding).
+    """
+
+    rows: tuple[Row, ...]
+    ignored: tuple[tuple[str, str], ...] = ()
+    renames: tuple[tuple[str, str], ...] = ()
+    aliases: tuple[tuple[str, str], ...] = ()
 
 
-SAME = Layout(lambda x: x, lambda x, _: x, lambda shape: shape)
-# Kernels: ours [in, out], theirs [out, in].
-TRANSPOSED = Layout(lambda x: x.T, lambda x, _: x.T, lambda shape: shape[::-1])
-# Patch kernel: ours [p * p * 3, C] in (row, column, channel) order, theirs [C, 3, p, p] as a convolution.
-CONVOLUTION = Layout(
-    lambda x: x.reshape(_patch_side(len(x)), _patch_side(len(x)), 3, -1).transpose(3, 2, 0, 1),
-    lambda x, shape: x.transpose(2, 3, 1, 0).reshape(shape),
-    lambda shape: (shape[1], 3, _patch_side(shape[0]), _patch_side(shape[0])))
-# Position table: ours [R, K, C], theirs [1, R * K, C].
-TABLE = Layout(lambda x: x.reshape(1, -1, x.shape[-1]), lambda x, shape: x.reshape(shape),
-               lambda shape: (1, shape[0] * shape[1], shape[2]))
+def prefixed(table: Table, ours: str, theirs: str) -> Table:
+    """The table of a model that is a part of a larger one: `ours` before our paths, `theirs` before their names."""
+    return Table(tuple(Row(ours + row.path, theirs + row.name, row.layout) for row in table.rows),
+                 tuple((theirs + pattern, reason) for pattern, reason in table.ignored),
+                 tuple((re.escape(theirs) + regex, theirs + to) for regex, to in table.renames),
+                 tuple((theirs + name, theirs + other) for name, other in table.aliases))
 
-# Path, foreign name, layout. `#` is the number of an adapter.
-OUTER = (
-    ('decoder/embedding', 'model.embed_tokens.weight', SAME),
-    ('decoder/lm_head', 'lm_head.weight', TRANSPOSED),
-    ('decoder/norm/scale', 'model.norm.weight', SAME),
-    ('frontend/patch_embed/kernel', 'vision_embedding.patchifier.proj.weight', CONVOLUTION),
-    ('frontend/patch_embed/bias', 'vision_embedding.patchifier.proj.bias', SAME),
-    ('frontend/patch_embed/norm/scale', 'vision_embedding.patchifier.norm.weight', SAME),
-    ('frontend/patch_embed/positions', 'vision_embedding.pos_embed', TABLE),
-    ('frontend/out_proj', 'vision_embedding.out_proj.weight', TRANSPOSED),
-)
-# Under decoder/layers/group_i/block/ here and model.layers.j. there.
-BLOCK = (
-    ('attention_norm/scale', 'input_layernorm.weight', SAME),
-    ('mlp_norm/scale', 'post_attention_layernorm.weight', SAME),
-    *(row for linear in LINEARS for module in ['self_attn' if linear[0] in 'qkvo' else 'mlp'] for row in (
-        (f'{linear}/kernel', f'{module}.{linear}.weight', TRANSPOSED),
-        (f'{linear}/bias', f'{module}.{linear}.bias', SAME),
-        (f'{linear}/adapter_#/a', f'{module}.{linear}.lora_A.#.weight', TRANSPOSED),
-        (f'{linear}/adapter_#/b', f'{module}.{linear}.lora_B.#.weight', TRANSPOSED))),
-)
-_GROUP = re.compile(r'decoder/layers/group_(\d+)/block/(.*)')
-_NUMBER = re.compile(r'adapter_(\d+)')
+
+def joined(*tables: Table) -> Table:
+    """One table of several; renames apply in the order given."""
+    return Table(*(sum(parts, ()) for parts in zip(*tables)))
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One foreign tensor.
+    """One foreign tensor, or a piece of one.
 
     path: our parameter.    layer: index into its stacked first axis; None where it is not stacked.
     name: theirs.    ours: shape of our (one layer's) array.    layout: how the two relate.
+    start: where this piece begins along `layout.axis` of the foreign tensor.
     """
 
     path: str
@@ -83,46 +78,111 @@ class Entry:
     name: str
     ours: Shape
     layout: Layout
+    start: int = 0
 
     @property
     def shape(self) -> Shape:
-        """The foreign tensor's shape."""
+        """This piece's shape on the foreign side."""
         return self.layout.shape(self.ours)
 
+    @property
+    def index(self) -> tuple[slice, ...]:
+        """Where this piece lies in the foreign tensor."""
+        axis = self.layout.axis
+        return (slice(None),) * axis + (slice(self.start, self.start + self.shape[axis]),)
 
-def entries(shapes: Shapes) -> list[Entry]:
-    """All foreign tensors of a model with these parameters, in our order; each layer of a stack is one.
+
+def entries(shapes: Shapes, table: Table) -> list[Entry]:
+    """All pieces of foreign tensors of a model with these parameters; each layer of a stack is one.
+
+    Every parameter occurs exactly once (once for each of its layers); pieces of one tensor in the order of the table.
+
+    Args:
+        shapes: {our path: shape}, layers stacked.
 
     Raises:
         UserError: parameters that have no foreign name.
     """
-    outer = {path: row for path, *row in OUTER}
-    block = {path: row for path, *row in BLOCK}
-    first_layer = _first_layers(shapes)
+    rows, first_layer = {row.path: (place, row) for place, row in enumerate(table.rows)}, _first_layers(shapes)
     found, unknown = [], []
     for path, shape in shapes.items():
-        match = _GROUP.fullmatch(path)
-        number = _NUMBER.search(path)
-        key = _NUMBER.sub('adapter_#', match[2] if match else path)
-        name, layout = (block if match else outer).get(key, (None, None))
-        if name is None:
+        group, number = _GROUP.search(path), _ADAPTER.search(path)
+        key = _GROUP.sub('*', path, count=1)
+        place, row = rows.get(key) or rows.get(_ADAPTER.sub('adapter_#', key), (0, None))
+        if row is None:
             unknown.append(path)
             continue
-        name = name.replace('#', number[1] if number else '#')
-        if match is None:
-            found.append(Entry(path, None, name, shape, layout))
+        name = row.name.replace('#', number[1]) if number else row.name
+        if group is None:
+            found.append((place, Entry(path, None, name, tuple(shape), row.layout)))
             continue
-        start = first_layer[int(match[1])]
-        found += [Entry(path, layer, f'model.layers.{start + layer}.{name}', shape[1:], layout)
+        start = first_layer[path[:group.start()]][int(group[1])]
+        found += [(place, Entry(path, layer, name.format(layer=start + layer), tuple(shape[1:]), row.layout))
                   for layer in range(shape[0])]
     if unknown:
         raise UserError(f'these parameters have no name in a Hugging Face folder: {name_list(unknown)}.')
-    return found
+    order = {}
+    for _, entry in found:
+        order.setdefault(entry.name, len(order))
+    found.sort(key=lambda item: (order[item[1].name], item[0]))
+    return _with_starts([entry for _, entry in found])
 
 
-def to_foreign(params: Mapping[str, Array], shapes: Shapes,
+def foreign_shapes(pieces: Sequence[Entry]) -> dict[str, Shape]:
+    """{foreign name: shape of the whole tensor}, in the order of `entries`."""
+    shapes: dict[str, Shape] = {}
+    for entry in pieces:
+        shape, axis = entry.shape, entry.layout.axis
+        shapes[entry.name] = (*shape[:axis], entry.start + shape[axis], *shape[axis + 1:])
+    return shapes
+
+
+def match_names(pieces: Sequence[Entry], given: Shapes, table: Table, where: str
+                ) -> tuple[dict[str, str], list[tuple[str, str]]]:
+    """({foreign name: name in the folder}, [(name in the folder that is not used, why)]).
+
+    Args:
+        pieces: of `entries`.
+        given: {name in the folder: shape}.
+        table: for other spellings and for what is ignored; aliases are neither used nor listed, see `alias_pairs`.
+        where: what to call the folder in errors.
+
+    Raises:
+        UserError: lists missing, unexpected and misshapen tensors and guesses why; or two spellings of one name.
+    """
+    expected, spelling, ignored = foreign_shapes(pieces), {}, []
+    aliases = {name for name, _ in table.aliases}
+    for name in given:
+        ours = renamed(name, table)
+        reason = next((reason for pattern, reason in table.ignored if fnmatch.fnmatchcase(ours, pattern)), None)
+        if ours in expected or reason is None and ours not in aliases:
+            if ours in spelling:
+                raise UserError(f'{where} has both {spelling[ours]} and {name}, two spellings of one tensor; remove one.')
+            spelling[ours] = name
+        elif reason is not None:
+            ignored.append((name, reason))
+    check(expected, {ours: given[name] for ours, name in spelling.items()}, where)
+    return {name: spelling[name] for name in expected}, ignored
+
+
+def alias_pairs(pieces: Sequence[Entry], given: Shapes, table: Table) -> list[tuple[str, str]]:
+    """[(name, other name)] in the folder: tensors that no parameter needs, and those that they must equal."""
+    expected = {entry.name for entry in pieces}
+    spelling = {renamed(name, table): name for name in given}
+    return [(spelling[name], spelling[other]) for name, other in table.aliases
+            if name not in expected and name in spelling and other in spelling]
+
+
+def renamed(name: str, table: Table) -> str:
+    """The table's spelling of a name in a folder."""
+    for regex, replacement in table.renames:
+        name = re.sub(f'^(?:{regex})', replacement, name)
+    return name
+
+
+def to_foreign(params: Mapping[str, Array], shapes: Shapes, table: Table,
                dtype: str | None = None) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, C-contiguous array) of every foreign tensor, one at a time.
+    """(name, C-contiguous array) of every foreign tensor, one at a time, in the order of `foreign_shapes`.
 
     Args:
         params: our flat parameters.
@@ -133,53 +193,51 @@ def to_foreign(params: Mapping[str, Array], shapes: Shapes,
         UserError: lists missing, unexpected and misshapen parameters.
     """
     check(shapes, {path: leaf.shape for path, leaf in params.items()}, 'the checkpoint')
-    for entry in entries(shapes):
+    pieces: list[Array] = []
+    found = entries(shapes, table)
+    for entry, following in zip(found, [*found[1:], None]):
         leaf = params[entry.path]
         # The layout changes in JAX, which transposes faster than NumPy; safetensors needs contiguous arrays.
         piece = jnp.asarray(leaf if entry.layer is None else leaf[entry.layer])
-        yield entry.name, np.ascontiguousarray(np.asarray(entry.layout.export(piece.astype(dtype or piece.dtype))))
+        pieces.append(entry.layout.export(piece.astype(dtype or piece.dtype)))
+        if following is None or following.name != entry.name:
+            whole = pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, axis=entry.layout.axis)
+            pieces.clear()
+            yield entry.name, np.ascontiguousarray(np.asarray(whole))
 
 
-def from_foreign(tensors: Mapping[str, Array], shapes: Shapes) -> dict[str, np.ndarray]:
-    """Our flat parameters, layers stacked again; every tensor is used exactly once and every parameter filled.
+def from_foreign(tensors: Mapping[str, Array], shapes: Shapes, table: Table,
+                 where: str = 'the folder') -> dict[str, np.ndarray]:
+    """Our flat parameters, layers stacked, from tensors in memory; every parameter is filled (see `match_names`).
 
     Raises:
         UserError: lists missing, unexpected and misshapen tensors.
     """
-    table = entries(shapes)
-    check({entry.name: entry.shape for entry in table}, {name: x.shape for name, x in tensors.items()}, 'the folder')
-    params: dict[str, list[np.ndarray]] = {}
-    for entry in table:
-        array = entry.layout.restore(np.asarray(tensors[entry.name]), entry.ours)
-        params.setdefault(entry.path, []).append(array)
-    stacked = {entry.path for entry in table if entry.layer is not None}
-    return {path: np.stack(parts) if path in stacked else np.ascontiguousarray(parts[0])
-            for path, parts in params.items()}
+    found = entries(shapes, table)
+    names, _ = match_names(found, {name: x.shape for name, x in tensors.items()}, table, where)
+    parts: dict[str, dict[int | None, np.ndarray]] = {}
+    for entry in found:
+        piece = np.asarray(tensors[names[entry.name]])[entry.index]
+        parts.setdefault(entry.path, {})[entry.layer] = entry.layout.restore(piece, entry.ours)
+    return {path: np.ascontiguousarray(layers[None]) if None in layers else np.stack([layers[i] for i in sorted(layers)])
+            for path, layers in parts.items()}
 
 
-def check(expected: Shapes, given: Shapes, where: str) -> None:
-    """UserError naming what is missing from, unexpected in or of another shape in `given`; None where all is right."""
-    missing = [name for name in expected if name not in given]
-    unexpected = [name for name in given if name not in expected]
-    misshapen = [f'{name} ({list(given[name])} instead of {list(shape)})' for name, shape in expected.items()
-                 if name in given and tuple(given[name]) != tuple(shape)]
-    problems = [f'{kind} {name_list(names)}' for kind, names in (
-        ('misses', missing), ('has unexpected', unexpected), ('has other shapes of', misshapen)) if names]
-    if problems:
-        raise UserError(f'{where} does not fit the model: it {"; it ".join(problems)}.')
+def _first_layers(shapes: Shapes) -> dict[str, dict[int, int]]:
+    """{path of a stack: {group: its first layer}}, from the stacked shapes."""
+    sizes: dict[str, dict[int, int]] = {}
+    for path, shape in shapes.items():
+        if match := _GROUP.search(path):
+            sizes.setdefault(path[:match.start()], {})[int(match[1])] = shape[0]
+    return {stack: {group: sum(groups[g] for g in groups if g < group) for group in groups}
+            for stack, groups in sizes.items()}
 
 
-def _first_layers(shapes: Shapes) -> dict[int, int]:
-    """{group: its first layer}, from the stacked shapes."""
-    sizes = {int(match[1]): shape[0] for path, shape in shapes.items() if (match := _GROUP.fullmatch(path))}
-    first, starts = 0, {}
-    for group in sorted(sizes):
-        starts[group] = first
-        first += sizes[group]
-    return starts
-
-
-def name_list(names: list[str], most: int = 8) -> str:
-    """The first names, and how many more there are."""
-    more = f' and {len(names) - most} more' if len(names) > most else ''
-    return ', '.join(names[:most]) + more
+def _with_starts(pieces: list[Entry]) -> list[Entry]:
+    """The entries with the places of pieces of one tensor, which lie side by side here."""
+    starts, found = {}, []
+    for entry in pieces:
+        start = starts.get(entry.name, 0)
+        found.append(dataclasses.replace(entry, start=start) if start else entry)
+        starts[entry.name] = start + entry.shape[entry.layout.axis]
+    return found

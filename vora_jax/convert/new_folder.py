@@ -4,13 +4,14 @@ import errno
 import fcntl
 import os
 import pathlib
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 
 from vora_jax.types import UserError
 
-_LOCK = 'lock'
+_CONTENT = _LOCK, _NEW, _OLD = 'lock', 'new', 'old'  # of the temporary sibling
 
 
 @contextlib.contextmanager
@@ -37,7 +38,7 @@ def new_folder(to: str | os.PathLike, overwrite: bool, is_ours: Callable[[pathli
     with _writing(to, target):
         outer, lock = _locked_sibling(target)
     try:
-        folder = outer / 'new'
+        folder = outer / _NEW
         # In the block, only a full disk is certainly about this folder.
         with _writing(to, target, only=(errno.ENOSPC, errno.EDQUOT)):
             folder.mkdir()
@@ -45,7 +46,7 @@ def new_folder(to: str | os.PathLike, overwrite: bool, is_ours: Callable[[pathli
         with _writing(to, target):
             _sync(folder)
             _check_free(to, target, overwrite, is_ours)
-            _replace(target, folder, outer / 'old')
+            _replace(target, folder, outer / _OLD)
     finally:
         shutil.rmtree(outer, ignore_errors=True)
         os.close(lock)
@@ -85,16 +86,17 @@ def _locked_sibling(target: pathlib.Path) -> tuple[pathlib.Path, int]:
 
 def _remove_leftovers(target: pathlib.Path) -> None:
     """Removes siblings that no living process holds."""
-    for outer in target.parent.iterdir():
-        if not (outer.name.startswith(f'.{target.name}.') and outer.name.endswith('.partial') and outer.is_dir()):
-            continue
+    ours = re.compile(re.escape(f'.{target.name}.') + r'[a-z0-9_]{8}\.partial')
+    for outer in [path for path in target.parent.iterdir() if ours.fullmatch(path.name)]:
         try:
+            if {path.name for path in outer.iterdir()} - set(_CONTENT):
+                continue
             lock = _lock(outer, wants_proof=True)
         except OSError:
             continue  # held, already gone, or someone else's
         try:
-            if (outer / 'old').exists() and not os.path.lexists(target):
-                (outer / 'old').rename(target)  # killed between the two renames
+            if (outer / _OLD).exists() and not os.path.lexists(target):
+                (outer / _OLD).rename(target)  # killed between the two renames
             shutil.rmtree(outer, ignore_errors=True)
         finally:
             os.close(lock)

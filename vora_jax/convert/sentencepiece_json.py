@@ -74,10 +74,10 @@ def write_tokenizer(source: str, folder: pathlib.Path, eos_id: int, system: str)
     return tokenizer.token_to_id(IMAGE)
 
 
-def build_tokenizer(model: bytes, where: str) -> Tokenizer:
+def build_tokenizer(model: bytes, where: str, image_token: bool = True) -> Tokenizer:
     """A tokenizer that gives the same ids as the SentencePiece model, which is checked on probes before it is returned.
 
-    `<image>` gets an id after all others where the model has no such piece.
+    `<image>` gets an id after all others where the model has no such piece, unless `image_token` is False.
 
     Raises:
         UserError: naming `where`, the model is of a kind without an equal, or a probe differs.
@@ -86,7 +86,7 @@ def build_tokenizer(model: bytes, where: str) -> Tokenizer:
     kind, spec = proto.trainer_spec.model_type, proto.normalizer_spec
     vocab = {piece.piece: index for index, piece in enumerate(proto.pieces)}
     if kind == BPE:
-        tokenizer = Tokenizer(models.BPE(vocab, _merges(proto), unk_token=proto.trainer_spec.unk_piece,
+        tokenizer = Tokenizer(models.BPE(vocab, merges_of(proto), unk_token=proto.trainer_spec.unk_piece,
                                          byte_fallback=proto.trainer_spec.byte_fallback, fuse_unk=True))
     elif kind == UNIGRAM:
         scores = [(piece.piece, piece.score) for piece in proto.pieces]
@@ -103,7 +103,7 @@ def build_tokenizer(model: bytes, where: str) -> Tokenizer:
         decoding.append(decoders.Strip(' ', 1, 0))
     tokenizer.decoder = decoders.Sequence(decoding)
     own = [piece.piece for piece in proto.pieces if piece.type == USER_DEFINED]
-    extra = [] if IMAGE in own else [IMAGE]
+    extra = [] if IMAGE in own or not image_token else [IMAGE]
     for piece in own + extra:
         add = tokenizer.add_special_tokens if piece in MARKERS else tokenizer.add_tokens
         add([AddedToken(piece, normalized=False, special=piece in MARKERS)])
@@ -111,7 +111,7 @@ def build_tokenizer(model: bytes, where: str) -> Tokenizer:
     return tokenizer
 
 
-def _merges(proto) -> list[tuple[str, str]]:
+def merges_of(proto) -> list[tuple[str, str]]:
     """Every way to put a piece together from two, best piece first: SentencePiece joins by score of the result."""
     pieces = {piece.piece: piece.score for piece in proto.pieces if piece.type == NORMAL}
     merges = []

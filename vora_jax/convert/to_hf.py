@@ -2,146 +2,184 @@
 import dataclasses
 import json
 import math
+import os
 import pathlib
 import shutil
+import time
+from collections.abc import Callable
+from typing import Any
 
-import jax.numpy as jnp
-
-from vora_jax.convert.exportable import Exportable, exportable
-from vora_jax.convert.name_map import entries, to_foreign
+from vora_jax.batch import Batch
+from vora_jax.convert.export_layouts import choose_layout, plan_of, select
+from vora_jax.convert.export_plan import Part, Plan, Provenance, Request
+from vora_jax.convert.foreign_stream import Losses, stream, tensor_infos
+from vora_jax.convert.merge_report import MergeReport, logit_difference, make_report
+from vora_jax.convert.model_card import CONFIG_FILE, model_card
 from vora_jax.convert.new_folder import new_folder
+from vora_jax.convert.own_layout import MODEL_TYPE, Prompting
 from vora_jax.convert.safetensors_files import write_shards
-from vora_jax.convert.sentencepiece_json import write_tokenizer
+from vora_jax.convert.sentencepiece_json import CHAT_TEMPLATE
+from vora_jax.convert.tokenizer_files import write_tokenizer_files
+from vora_jax.method import VisionTokenRule
 from vora_jax.model import VisionLanguageModel
 from vora_jax.types import Params, UserError
 
-MODULE = 'modeling_vora_jax'
-MODEL_TYPE = 'vora_jax'
-DTYPES = ('float32', 'bfloat16', 'float16')
+__all__ = ['DTYPES', 'Exported', 'Prompting', 'Provenance', 'export', 'is_export', 'read_record']
 
-
-@dataclasses.dataclass(frozen=True)
-class Prompting:
-    """How prompts are made of questions and pictures; plain values, so that the exported folder can hold them.
-
-    tokenizer: folder of the tokenizer.    eos_id: id that ends an answer.
-    system: system message of conversations that bring none; '' for none.
-    min_patches, max_patches: limits of one picture's patches.
-    """
-
-    tokenizer: str
-    eos_id: int
-    system: str = ''
-    min_patches: int = 1
-    max_patches: int = 1024
+TORCH_MODEL = pathlib.Path(__file__).parent / 'torch_model'
+DTYPES = ('keep', 'float32', 'bfloat16', 'float16')
+RECORD = 'vora_export.json'  # what `verify` reads
 
 
 @dataclasses.dataclass(frozen=True)
 class Exported:
-    """What an export wrote: counts, and phrases for what it left out."""
+    """What an export wrote.
 
+    layout, dtype: as chosen.    merged: adapters were folded.    num_tensors, num_parameters, num_bytes: of the weights.
+    dropped: phrases for what was left out.    notes: what differs in this layout.
+    report: of merge or cast; None without.    seconds: by phase.
+    """
+
+    layout: str
+    dtype: str
+    merged: bool
     num_tensors: int
     num_parameters: int
     num_bytes: int
     dropped: tuple[str, ...]
+    notes: tuple[str, ...]
+    report: MergeReport | None
+    seconds: dict[str, float]
 
 
-def export(params: Params, model: VisionLanguageModel, prompting: Prompting, folder: str, *,
-           dtype: str = 'float32', overwrite: bool = False, max_shard_bytes: int = 4 << 30) -> Exported:
-    """Writes a folder that `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` loads.
-
-    Adapters that are not merged stay adapters; distillation heads and teacher are left out. The folder appears when
-    it is complete.
+def export(params: Params, model: Any, prompting: Prompting, folder: str, *, rule: VisionTokenRule | None = None,
+           layout: str | None = None, merge: bool = False, dtype: str = 'keep', base: str = '', template: str = '',
+           provenance: Provenance = Provenance(), max_positions: int = 4096, overwrite: bool = False,
+           max_shard_bytes: int = 4 << 30, probe: Batch | None = None,
+           on_bytes: Callable[[int, int], None] = lambda done, total: None) -> Exported:
+    """Writes a folder in one of the layouts of `export_layouts`; it appears when it is complete.
 
     Args:
         params: nested parameters.    model: the module they belong to.
         prompting: tokenizer and prompt rules.
         folder: to be made.
-        dtype: of the weights, float32, bfloat16 or float16.
+        rule: the method's; None: a front end without encoder, by its defaults.
+        layout: None takes `own`, or `encoder` for an encoder.
+        merge: folds adapters; `llm` and `llava` always do.
+        dtype: of the weights; 'keep' takes the narrowest that holds all of the checkpoint's exactly (float32 after a fold).
+        base: name of the base model elsewhere, for `peft` and `vora`.
+        template: chat template, as the content of chat_template.jinja; '' for ChatML with the system message.
+        provenance: for the model card.
+        max_positions: the longest context that a stock configuration states, slots.
         overwrite: replaces an earlier export; never another folder.
         max_shard_bytes: files grow to about this size.
+        probe: prompts on which the effect of merge and cast on logits is measured; None measures weights only.
+        on_bytes: is called with (bytes of weights just written, all bytes).
 
     Raises:
-        UserError: the folder exists, the parameters are not the model's, or the tokenizer has no Hugging Face form.
+        UserError: the folder exists, the layout cannot hold the model, weights are not finite, or the disk is full.
     """
     if dtype not in DTYPES:
         raise UserError(f'export: dtype {dtype!r} is unknown; choose one of {", ".join(DTYPES)}.')
-    what = exportable(params, model)
+    clock = _Clock()
+    layout = choose_layout(model, layout)
+    what, merged = select(params, model, layout, merge)
+    source, dtype = what.dtype, what.dtype if dtype == 'keep' else dtype
+    narrow = dtype if dtype != 'float32' else 'bfloat16'  # of a merge in float32: what a later cast would lose
+    losses = Losses(narrow) if merged or _loses(source, dtype) else None
+    clock('check')
+    request = Request(what, dtype, prompting, rule, None, base, os.path.abspath(folder), max_positions)
+    if layout != 'own' and layout != 'llava':
+        plan_of(request, layout)  # refusals before anything is written
     with new_folder(folder, overwrite, is_export) as partial:
-        image_token_id = write_tokenizer(prompting.tokenizer, partial, prompting.eos_id, prompting.system)
-        _write_weights(what, dtype, partial, max_shard_bytes)
-        _write_json(partial / 'config.json', config_json(what.model, prompting, image_token_id, dtype))
-        ends = {'eos_token_id': prompting.eos_id, 'pad_token_id': prompting.eos_id}
-        _write_json(partial / 'generation_config.json', {'do_sample': False, **ends})
-        shutil.copyfile(pathlib.Path(__file__).parent / 'torch_model' / f'{MODULE}.py', partial / f'{MODULE}.py')
-        (partial / 'README.md').write_text(_model_card(what.model), encoding='utf-8')
-    sizes = [math.prod(entry.shape) for entry in entries(what.shapes)]
-    return Exported(len(sizes), sum(sizes), sum(sizes) * jnp.dtype(dtype).itemsize, what.dropped)
-
-
-def config_json(model: VisionLanguageModel, prompting: Prompting, image_token_id: int, dtype: str) -> dict:
-    """The content of config.json; sizes under Qwen2's names."""
-    llm, vision = model.llm, None
-    if model.vision is not None:
-        vision = dataclasses.asdict(model.vision.patch_embed)
-        vision |= {'min_patches': prompting.min_patches, 'max_patches': prompting.max_patches}
-    adapters = [{'num_layers': group.num_layers, 'linears': {
-        linear: [{'rank': adapter.rank, 'scale': adapter.scale, 'scope': adapter.scope} for adapter in table]
-        for linear, table in group.adapters}} for group in model.groups]
-    return {
-        'model_type': MODEL_TYPE, 'architectures': ['VoraJaxForCausalLM'],
-        'auto_map': {'AutoConfig': f'{MODULE}.VoraJaxConfig', 'AutoModelForCausalLM': f'{MODULE}.VoraJaxForCausalLM'},
-        'vocab_size': llm.vocab_size, 'hidden_size': llm.width, 'intermediate_size': llm.mlp_width,
-        'num_hidden_layers': llm.num_layers, 'num_attention_heads': llm.num_heads,
-        'num_key_value_heads': llm.num_kv_heads, 'head_dim': llm.head_dim, 'hidden_act': 'silu',
-        'rope_parameters': {'rope_type': 'default', 'rope_theta': llm.rope_theta}, 'rms_norm_eps': llm.norm_eps,
-        'attention_bias': 'q_proj' in llm.biases, 'tie_word_embeddings': llm.tied_head,
-        'adapters': adapters if any(group['linears'] for group in adapters) else [], 'vision': vision,
-        'image_token_id': image_token_id, 'eos_token_id': prompting.eos_id, 'pad_token_id': prompting.eos_id,
-        'dtype': dtype,
-    }
-
-
-def _write_weights(what: Exportable, dtype: str, folder: pathlib.Path, max_shard_bytes: int) -> None:
-    """model.safetensors, or numbered shards and their index; one tensor is in memory at a time."""
-    infos = [(entry.name, jnp.dtype(dtype), entry.shape) for entry in entries(what.shapes)]
-    write_shards(folder, to_foreign(what.params, what.shapes, dtype), infos, max_shard_bytes)
+        request = request._replace(image_token_id=_write_tokenizer(request, layout, template, partial))
+        plan = plan_of(request, layout)
+        counts = _counts(plan, dtype)
+        clock('tokenizer')
+        for place, part in plan.parts.items():
+            target = partial / place
+            if place:
+                target.mkdir()
+                _write_tokenizer(request, layout, template, target)
+            _write_files(part, target)
+            most = max_shard_bytes if part.stem == 'model' else counts[2] + 1  # PEFT reads one file only
+            write_shards(target, stream(part, dtype, losses), tensor_infos(part, dtype), most, part.stem,
+                         lambda count: on_bytes(count, counts[2]))
+        clock('weights')
+        report = None
+        if losses is not None:
+            measured = isinstance(model, VisionLanguageModel) and probe is not None
+            report = make_report(losses, logit_difference(what, narrow, probe) if measured else None)
+        clock('report')
+        card = model_card(plan, layout, merged, provenance, what.dropped, report)
+        texts = {'README.md': card} | ({CONFIG_FILE: provenance.config_text} if provenance.config_text else {})
+        record = {'layout': layout, 'merged': merged, 'dtype': dtype, 'base': base, 'image_token_id': request.image_token_id}
+        _write(partial, texts | {RECORD: record})
+    clock('finish')
+    return Exported(layout, dtype, merged, *counts, what.dropped, plan.notes, report, clock.seconds)
 
 
 def is_export(folder: pathlib.Path) -> bool:
-    """True where the folder's config.json is one that `export` writes."""
+    """True where `export` wrote the folder."""
     try:
+        if (folder / RECORD).is_file():
+            return True
         return json.loads((folder / 'config.json').read_text(encoding='utf-8')).get('model_type') == MODEL_TYPE
     except (OSError, ValueError, AttributeError):
         return False
 
 
-def _write_json(file: pathlib.Path, content: dict) -> None:
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
+def read_record(folder: pathlib.Path) -> dict[str, Any]:
+    """What `export` noted in the folder: layout, merged, dtype, base, image_token_id. UserError for other folders."""
+    try:
+        return json.loads((folder / RECORD).read_text(encoding='utf-8'))
+    except (OSError, ValueError) as error:
+        raise UserError(f'{folder} is not a folder that `vora export` wrote; export the checkpoint first.') from error
 
 
-def _model_card(model: VisionLanguageModel) -> str:
-    sees = model.vision is not None
-    image = "Image.open('picture.png')" if sees else 'None'
-    imports = 'from PIL import Image\n' if sees else ''
-    kind = 'vision-language' if sees else 'language'
-    return f"""---
-library_name: transformers
-pipeline_tag: {'image-text-to-text' if sees else 'text-generation'}
----
-A {kind} model trained with vora_jax: {model.llm.num_layers} layers of width {model.llm.width}.
+class _Clock:
+    """Seconds since the last call, by name."""
 
-```python
-{imports}from transformers import AutoModelForCausalLM, AutoTokenizer
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
 
-model = AutoModelForCausalLM.from_pretrained('.', trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained('.', trust_remote_code=True)
-print(model.answer(tokenizer, {image}, 'your question'))
+    def __call__(self, phase: str) -> None:
+        now = time.perf_counter()
+        self.seconds[phase], self._last = round(now - self._last, 3), now
 
-# many at once
-inputs = model.prepare_inputs(tokenizer, ['a question', 'another'], [{image}] * 2)
-print(tokenizer.batch_decode(model.generate(**inputs, max_new_tokens=32), skip_special_tokens=True))
-```
 
-The model code is `{MODULE}.py` in this folder; it needs torch, transformers 5 and Pillow, and nothing of vora_jax.
-"""
+def _loses(source: str, dtype: str) -> bool:
+    """Whether a cast may change values."""
+    return source != dtype and dtype != 'float32'
+
+
+def _counts(plan: Plan, dtype: str) -> tuple[int, int, int]:
+    """Tensors, parameters and bytes."""
+    infos = [info for part in plan.parts.values() for info in tensor_infos(part, dtype)]
+    sizes = [math.prod(shape) for _, _, shape in infos]
+    return len(sizes), sum(sizes), sum(size * info[1].itemsize for size, info in zip(sizes, infos))
+
+
+def _write_tokenizer(request: Request, layout: str, template: str, folder: pathlib.Path) -> int | None:
+    """The tokenizer's files; the id of `<image>` where the layout has it."""
+    if layout == 'encoder':
+        return None
+    sees = request.what.model.vision is not None
+    image_token = layout in ('own', 'llava') or layout == 'peft' and sees and not request.base
+    prompting = request.prompting
+    template = template or CHAT_TEMPLATE.replace('__SYSTEM__', json.dumps(prompting.system, ensure_ascii=False))
+    return write_tokenizer_files(prompting.tokenizer, folder, template, prompting.eos_id, image_token)
+
+
+def _write_files(part: Part, folder: pathlib.Path) -> None:
+    _write(folder, part.files)
+    if part.ships_code:
+        for file in TORCH_MODEL.glob('*_vora_jax.py'):
+            shutil.copyfile(file, folder / file.name)
+
+
+def _write(folder: pathlib.Path, files: dict[str, Any]) -> None:
+    for name, content in files.items():
+        text = content if isinstance(content, str) else json.dumps(content, indent=2, ensure_ascii=False) + '\n'
+        (folder / name).write_text(text, encoding='utf-8')

@@ -59,9 +59,9 @@ class ImagePolicy:
 class Data:
     """The samples of a run, and the budgets of a row.
 
-    sources: the files, mixed by their weights.
+    sources: the files, mixed by their weights; () where nothing is trained (an imported model).
     tokenizer: folder of the tokenizer.
-    template: name of the chat template, see `conversation.TEMPLATES`.
+    template: name of the chat template, see `templates.TEMPLATES`.
     max_slots, max_patches, max_images: budgets of one row: language-model slots, patches, pictures.
     image: how pictures are resized.
     pack: several samples share a row; otherwise one sample a row.
@@ -79,8 +79,6 @@ class Data:
     max_bad_fraction: float = 0.01
 
     def __post_init__(self):
-        if not self.sources:
-            raise UserError('Data.sources is empty; give at least one Source.')
         for name in ('max_slots', 'max_patches', 'max_images'):
             if getattr(self, name) < 1:
                 raise UserError(f'Data.{name} is {getattr(self, name)}; it must be at least 1.')

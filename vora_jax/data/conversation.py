@@ -3,11 +3,15 @@
 The record format is VoRA's: JSON lines `{id, frames, conversations: [{from: human, value}, {from: gpt,
 value}, ...]}` with an optional first `{from: system}` turn.
 """
-import dataclasses
+import bisect
+import itertools
+import re
 from typing import Any, NamedTuple, Sequence
 
 from vora_jax.data.packing import Picture, Text
-from vora_jax.data.tokenizer import IM_END, IM_START, IMAGE, Tokenizer
+from vora_jax.data.special_tokens import IMAGE
+from vora_jax.data.templates import Template
+from vora_jax.data.tokenizer import Tokenizer
 from vora_jax.types import UserError
 
 
@@ -18,31 +22,7 @@ class Image(NamedTuple):
 
 
 Turn = list[Text | Image]
-
-
-@dataclasses.dataclass(frozen=True)
-class Template:
-    """A chat template in the ChatML family. system: message where a record has none; '' is no message."""
-
-    system: str = ''
-
-    def question(self, text: str, first: bool, system: str | None = None) -> str:
-        """The prompt text of one turn, up to and including the assistant marker."""
-        lead = '\n'
-        if first:
-            message = self.system if system is None else system
-            lead = f'{IM_START}system\n{message}{IM_END}\n' if message else ''
-        return f'{lead}{IM_START}user\n{text}{IM_END}\n{IM_START}assistant\n'
-
-
-TEMPLATES = {'chatml': Template(), 'chatml_system': Template('You are a helpful assistant.')}
-
-
-def find_template(name: str) -> Template:
-    """The template of this name; UserError naming the known ones otherwise."""
-    if name not in TEMPLATES:
-        raise UserError(f'Data.template {name!r} is unknown; choose one of {", ".join(TEMPLATES)}.')
-    return TEMPLATES[name]
+Cut = tuple[int, int, Text | Image]  # (begin, stop, what stands there) in a text
 
 
 def check_record(record: Any, where: str) -> tuple[str | None, list[tuple[str, str]], list[str]]:
@@ -94,14 +74,18 @@ def render_turns(record: Any, tokenizer: Tokenizer, template: Template,
     supervised.
 
     Raises:
-        UserError: see `check_record`.
+        UserError: see `check_record` and `Template.end_id`.
     """
     system, exchanges, frames = check_record(record, where)
+    end = template.end_id(tokenizer)
+    if not template.apart:
+        return _render_whole(system, exchanges, tokenizer, template, end), frames
     turns, images = [], 0
     for number, (question, answer) in enumerate(exchanges):
-        turn = _split_images(template.question(question, number == 0, system), tokenizer, images)
+        lead = template.opening(system) if number == 0 else template.between
+        turn = _split_images(lead + template.question(question, number == 0, system), tokenizer, images)
         images += question.count(IMAGE)
-        turn.append(Text(tokenizer.encode(answer) + [tokenizer.eos_id], supervised=True))
+        turn.append(Text(tokenizer.encode(template.answer(answer)) + [end], supervised=True))
         turns.append(turn)
     return turns, frames
 
@@ -128,7 +112,10 @@ def render_prompt(question: str, num_images: int, tokenizer: Tokenizer, template
     elif placeholders != num_images:
         raise UserError(f'the question has {placeholders} {IMAGE} placeholders for {num_images} images; '
                         'leave them out or write one for each image.')
-    return _split_images(template.question(question, True, system), tokenizer, 0)
+    text = template.opening(system) + template.question(question, True, system)
+    if template.apart:
+        return _split_images(text, tokenizer, 0)
+    return _tokenize(text, [], [], [0], tokenizer, template)[0]
 
 
 def place(pieces: Sequence[Text | Image], pictures: Sequence[Picture]) -> list[Text | Picture]:
@@ -145,3 +132,53 @@ def _split_images(text: str, tokenizer: Tokenizer, first_image: int) -> Turn:
         if chunk:
             pieces.append(Text(tokenizer.encode(chunk)))
     return pieces
+
+
+def _render_whole(system: str | None, exchanges: Sequence[tuple[str, str]], tokenizer: Tokenizer, template: Template,
+                  end: int) -> list[Turn]:
+    """The turns of a conversation whose text is tokenised as a whole, as `transformers` does."""
+    text, starts, learned, ends = template.opening(system), [], [], []
+    for number, (question, answer) in enumerate(exchanges):
+        starts.append(len(text) if number else 0)
+        text += template.between if number and not template.closes else ''
+        text += template.question(question, number == 0, system)
+        begin = len(text)
+        text += template.answer(answer)
+        learned.append((begin, len(text)))
+        # The end mark is set as an id: one that is no special token would melt into the answer's last token.
+        ends.append((len(text), len(text) + len(template.end), Text([end], supervised=True)))
+        text += template.end + (template.between if template.closes else '')
+    return _tokenize(text, ends, learned, starts, tokenizer, template)
+
+
+def _tokenize(text: str, ends: Sequence[Cut], learned: Sequence[tuple[int, int]], starts: Sequence[int],
+              tokenizer: Tokenizer, template: Template) -> list[Turn]:
+    """The text of a conversation as pieces, by turns. A token that covers any character of an answer is learned.
+
+    Args:
+        ends: the end marks.
+        learned: where answers begin and stop, in order.
+        starts: where turns begin, in order; the first is 0.
+    """
+    images = [(match.start(), match.end(), Image(index)) for index, match in enumerate(re.finditer(IMAGE, text))]
+    lead = template.begin_ids(tokenizer)
+    turns: list[Turn] = [[] for _ in starts]
+    turns[0] += [Text(lead)] if lead else []
+    at = 0
+    for begin, stop, piece in sorted([*images, *ends, (len(text), len(text), None)], key=lambda cut: cut[:2]):
+        tokens = zip(*tokenizer.encode_spans(text[at:begin], start=at == 0))
+
+        def place_of(token: tuple[int, tuple[int, int]], at: int = at) -> tuple[int, bool]:
+            first, last = (offset + at for offset in token[1])
+            # The first answer that stops behind the token's first character. A token that covers nothing is a part of
+            # the character that follows.
+            index = bisect.bisect(learned, first, key=lambda span: span[1])
+            inside = index < len(learned) and max(last, first + 1) > learned[index][0]
+            return bisect.bisect(starts, first) - 1, inside
+
+        for (turn, inside), run in itertools.groupby(tokens, place_of):
+            turns[turn].append(Text([token for token, _ in run], inside))
+        if piece is not None:
+            turns[bisect.bisect(starts, begin) - 1].append(piece)
+        at = stop
+    return turns

@@ -1,9 +1,10 @@
 """SentencePiece models with control pieces, as Llama's."""
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 
 import sentencepiece
-from sentencepiece import sentencepiece_model_pb2
+from sentencepiece import sentencepiece_model_pb2, sentencepiece_pb2
 
 from vora_jax.data.special_tokens import Added, Settings, named_id, num_ids
 
@@ -60,9 +61,9 @@ class PieceTokenizer:
                 continue
             lead = self._lead(stretch, start and begin == 0)
             first = begin - len(lead)
-            for piece in self._processor.encode(lead + stretch, out_type='immutable_proto').pieces:
-                ids.append(piece.id)
-                spans.append((max(first + piece.begin, begin), max(first + piece.end, begin)))
+            some, covers = piece_spans(self._processor, lead + stretch)
+            ids += some
+            spans += [(max(first + here, begin), max(first + stop, begin)) for here, stop in covers]
         return ids, spans
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -93,6 +94,13 @@ class PieceTokenizer:
     def _lead(self, stretch: str, first: bool) -> str:
         wanted = self._prefix and (first or self._always)
         return ' ' if wanted and not stretch.startswith((' ', SPACE)) else ''
+
+
+def piece_spans(processor: sentencepiece.SentencePieceProcessor, text: str) -> tuple[list[int], list[Span]]:
+    """(ids, spans in characters) of the text; of the bytes that spell one character only the last covers it."""
+    encoded = sentencepiece_pb2.SentencePieceText.FromString(processor.encode(text, out_type='serialized_proto'))
+    stops = list(itertools.accumulate((len(piece.surface) for piece in encoded.pieces), initial=0))
+    return [piece.id for piece in encoded.pieces], list(itertools.pairwise(stops))
 
 
 def has_control_pieces(model: bytes) -> bool:

@@ -71,10 +71,17 @@ def finish(folder: pathlib.Path, content: dict[str, Any], max_bad: float) -> dic
     if len(dropped) > max_bad * total or len(dropped) == total:
         raise UserError(f'{len(dropped)} of {total} rows are bad, more than --max-bad {max_bad:g} allows; '
                         f'repair them or raise the limit, the first is {dropped[0]}.')
+    return write_manifest(folder, content)
+
+
+def write_manifest(folder: pathlib.Path, content: dict[str, Any]) -> dict[str, Any]:
+    """Writes the manifest, the last file of a folder: version, content, and the files' hashes; returns it."""
     files = {}
     images = hashlib.sha256()
     for file in sorted(path for path in folder.rglob('*') if path.is_file()):
-        name, digest = file.relative_to(folder).as_posix(), hashlib.sha256(file.read_bytes()).hexdigest()
+        name = file.relative_to(folder).as_posix()
+        with open(file, 'rb') as stream:
+            digest = hashlib.file_digest(stream, 'sha256').hexdigest()
         if name.startswith('images/'):
             images.update(f'{name} {digest}\n'.encode())
         else:

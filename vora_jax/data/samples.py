@@ -7,10 +7,11 @@ import os
 from typing import Any
 
 from vora_jax.data.config import Data
-from vora_jax.data.conversation import Image, Turn, find_template, place, render_turns
+from vora_jax.data.conversation import Image, Turn, place, render_turns
 from vora_jax.data.image import PictureCache, fit_grid, load_picture, read_size
 from vora_jax.data.packing import Budgets, Picture, Text
 from vora_jax.data.sources import JsonLines
+from vora_jax.data.templates import find_template
 from vora_jax.data.tokenizer import load_tokenizer
 from vora_jax.method import VisionTokenRule
 from vora_jax.types import UserError
@@ -31,6 +32,7 @@ class Samples:
     def __init__(self, data: Data, rule: VisionTokenRule | None, cache_bytes: int = CACHE_BYTES):
         self._data, self.rule = data, rule
         self._tokenizer, self._template = load_tokenizer(data.tokenizer), find_template(data.template)
+        self._template.end_id(self._tokenizer)  # a template for another tokenizer is told now, not with every sample
         self.vocab_size = self._tokenizer.vocab_size
         self._sources = [JsonLines(source.path) for source in data.sources]
         self._roots = [source.image_root or os.path.dirname(source.path) for source in data.sources]

@@ -10,11 +10,13 @@ from typing import Iterable, Protocol, Sequence
 import sentencepiece
 
 from vora_jax.data.bpe_tokenizer import open_json, open_pair
-from vora_jax.data.piece_tokenizer import PieceTokenizer, has_control_pieces
+from vora_jax.data.piece_tokenizer import PieceTokenizer, has_control_pieces, piece_spans
 from vora_jax.data.special_tokens import IM_END, IM_START, IMAGE, read_settings
 from vora_jax.types import UserError
 
 MARKERS = (IM_START, IM_END, IMAGE)
+FILES = ('added_tokens.json', 'config.json', 'generation_config.json', 'merges.txt', 'special_tokens_map.json',
+         'tokenizer.json', 'tokenizer.model', 'tokenizer_config.json', 'vocab.json')
 
 
 class Tokenizer(Protocol):
@@ -64,8 +66,7 @@ class SentencePieceTokenizer:
         return self._processor.encode(text)
 
     def encode_spans(self, text: str, start: bool = True) -> tuple[list[int], list[tuple[int, int]]]:
-        pieces = self._processor.encode(text, out_type='immutable_proto').pieces
-        return [piece.id for piece in pieces], [(piece.begin, piece.end) for piece in pieces]
+        return piece_spans(self._processor, text)
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._processor.decode([int(token) for token in ids])
@@ -96,7 +97,7 @@ def load_tokenizer(folder: str) -> Tokenizer:
         return _open_model(path / 'tokenizer.model')
     if (path / 'vocab.json').is_file() and (path / 'merges.txt').is_file():
         return open_pair(path, read_settings(path))
-    raise UserError(f'{folder} holds no tokenizer.json, tokenizer.model, or vocab.json with merges.txt; give '
+    raise UserError(f'{folder} holds no tokenizer.model, tokenizer.json, or vocab.json with merges.txt; give '
                     'Data.tokenizer the `tokenizer` folder that `vora prepare` wrote, or the folder of a model.')
 
 
@@ -110,12 +111,16 @@ def _open_model(file: pathlib.Path) -> Tokenizer:
                         'that belongs to it.') from error
 
 
+def tokenizer_files(folder: str) -> list[pathlib.Path]:
+    """The files that `load_tokenizer` may read, sorted; a model's folder holds more, and larger ones."""
+    return [file for file in (pathlib.Path(folder) / name for name in FILES) if file.is_file()]
+
+
 def fingerprint(folder: str) -> str:
-    """sha256 over the names and contents of the folder's files: equal fingerprints give equal token ids."""
+    """sha256 over the names and contents of the tokenizer's files: equal fingerprints give equal token ids."""
     digest = hashlib.sha256()
-    for file in sorted(pathlib.Path(folder).iterdir()):
-        if file.is_file():
-            digest.update(f'{file.name}\0{hashlib.sha256(file.read_bytes()).hexdigest()}\n'.encode())
+    for file in tokenizer_files(folder):
+        digest.update(f'{file.name}\0{hashlib.sha256(file.read_bytes()).hexdigest()}\n'.encode())
     return digest.hexdigest()
 
 

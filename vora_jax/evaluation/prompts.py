@@ -4,10 +4,11 @@ from typing import NamedTuple
 
 from vora_jax.batch import Batch
 from vora_jax.data.config import Data
-from vora_jax.data.conversation import Image, find_template, place, render_prompt
+from vora_jax.data.conversation import Image, place, render_prompt
 from vora_jax.data.image import PictureCache, fit_grid, load_picture, read_size
 from vora_jax.data.packing import Budgets, Picture, Text, layout, stack
 from vora_jax.data.samples import CACHE_BYTES
+from vora_jax.data.templates import find_template
 from vora_jax.data.tokenizer import Tokenizer
 from vora_jax.method import VisionTokenRule
 from vora_jax.types import UserError
@@ -33,6 +34,7 @@ class PromptRows:
 
     Attributes:
         budgets: sizes of a row.
+        end_id: id that ends an answer.
     """
 
     def __init__(self, prompts: Sequence[Prompt], data: Data, rule: VisionTokenRule | None,
@@ -50,6 +52,7 @@ class PromptRows:
         self._rule, self._cache = rule, PictureCache(CACHE_BYTES)
         self._policy = data.image_policy
         self._prompts, template = prompts, find_template(data.template)
+        self.end_id = template.end_id(tokenizer)
         self._pieces, grids, sizes = [], {}, []
         for prompt in prompts:
             self._pieces.append(_named(prompt.where, render_prompt, prompt.question, len(prompt.images),

@@ -93,19 +93,19 @@ def answer(model: VisionLanguageModel, params: Params, rows: PromptRows, tokeniz
     texts: list[str] = []
     waiting = None
     for batch in progress(rows.batches(batch_rows), total=total, desc='answers', unit='batch'):
-        dispatched = greedy(model, params, batch, max_new_tokens=max_new_tokens, eos_id=tokenizer.eos_id)
+        dispatched = greedy(model, params, batch, max_new_tokens=max_new_tokens, eos_id=rows.end_id)
         if waiting is not None:  # the next batch is laid out while the device works on this one
-            texts += decode_answers(np.asarray(waiting), tokenizer)
+            texts += decode_answers(np.asarray(waiting), tokenizer, rows.end_id)
         waiting = dispatched
-    texts += decode_answers(np.asarray(waiting), tokenizer)
+    texts += decode_answers(np.asarray(waiting), tokenizer, rows.end_id)
     return texts[:len(rows)]
 
 
-def decode_answers(ids: np.ndarray, tokenizer: Tokenizer) -> list[str]:
-    """The text of each row of `ids: i32[B, T]` before its end mark; ids that no token has are dropped."""
+def decode_answers(ids: np.ndarray, tokenizer: Tokenizer, end_id: int) -> list[str]:
+    """The text of each row of `ids: i32[B, T]` before its `end_id`; ids that no token has are dropped."""
     texts = []
     for row in ids.tolist():
-        row = row[:row.index(tokenizer.eos_id)] if tokenizer.eos_id in row else row
+        row = row[:row.index(end_id)] if end_id in row else row
         texts.append(tokenizer.decode([token for token in row if token < tokenizer.vocab_size]))
     return texts
 

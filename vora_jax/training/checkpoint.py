@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from orbax.checkpoint.experimental import v1 as ocp
 
-from vora_jax.data.tokenizer import fingerprint
+from vora_jax.data.tokenizer import fingerprint, tokenizer_files
 from vora_jax.params import combine
 from vora_jax.training import checksum
 from vora_jax.training.record import Record, read_record
@@ -33,7 +33,7 @@ class Opened:
     config_text: the resolved configuration of the run that wrote it.
     step: optimizer steps done.
     params: all parameters (trainable and frozen), a nested dict of NumPy arrays.
-    tokenizer_dir: folder of the run's tokenizer.
+    tokenizer_dir: folder of the run's tokenizer; '' where it has none (an encoder).
     metadata: the step's record.
     workdir, path: the run's folder and the step's.
     """
@@ -60,8 +60,7 @@ def open_checkpoint(path: str | pathlib.Path) -> Opened:
     if folder.parent.name == 'steps' and folder.name.isdigit():
         workdir = folder.parent.parent
         if not checksum.is_committed(folder):
-            raise UserError(f'{path} was never finished; give its workdir {workdir} to take the latest good '
-                            'step.')
+            raise UserError(f'{path} was never finished; give its workdir {workdir} to take the latest good step.')
         raise_if_damaged(folder)
     elif (folder / 'steps').is_dir():
         workdir, step = folder, latest_step(folder)
@@ -69,24 +68,21 @@ def open_checkpoint(path: str | pathlib.Path) -> Opened:
             raise UserError(f'{path} is a workdir without a finished step; wait for its first checkpoint.')
         folder = step_folder(workdir, step)
     else:
-        raise UserError(
-            f'{path} is no checkpoint (it is {_describe(folder)}); give a workdir of `vora train`, or one of '
-            'its steps '
-            '(WORKDIR/steps/N).'
-        )
+        raise UserError(f'{path} is no checkpoint (it is {_describe(folder)}); give a workdir of `vora train` or '
+                        '`vora import`, or one of its steps (WORKDIR/steps/N).')
     record = read_record(folder)
     trainable = load_as_numpy(folder, 'trainable')
     frozen: Params = {}
     if record.frozen:
         source = frozen_folder(workdir, record.frozen)
         if not source.is_dir():
-            raise UserError(f'{folder} needs the frozen weights in {source}, which are missing; keep the '
-                            'workdir whole.')
+            raise UserError(f'{folder} needs the frozen weights in {source}, which are missing; keep the workdir whole.')
         raise_if_damaged(source)
         frozen = load_as_numpy(source, 'frozen')
     params = combine(trainable, frozen)
-    tokenizer = str(workdir / 'tokenizer')
-    return Opened(record.config_text, record.step, params, tokenizer, record, workdir, folder)
+    tokenizer = workdir / 'tokenizer'
+    return Opened(record.config_text, record.step, params, str(tokenizer) if tokenizer.is_dir() else '', record, workdir,
+                  folder)
 
 
 def write_checkpoint(
@@ -98,23 +94,45 @@ def write_checkpoint(
     origin: str = 'merge',
 ) -> pathlib.Path:
     """The folder of a new workdir's only step, which holds parameters (NumPy or JAX arrays) and no optimizer
-    state.
+    state. Called by all processes; a failure leaves no step.
+
+    Args:
+        tokenizer_dir: is copied; '' for none.
+        origin: the verb that writes it.
 
     Raises:
-        UserError: the workdir already holds steps.
+        UserError: the workdir already holds steps, or the disk is full.
     """
     workdir = pathlib.Path(workdir)
-    if step_numbers(workdir):
-        raise UserError(f'{workdir} already holds a run; give a new folder.')
-    write_config(workdir, config_text)
-    copy_tokenizer(tokenizer_dir, workdir)
+    raise_if_used(workdir)
+    if jax.process_index() == 0:
+        write_config(workdir, config_text)
+        checksum.remove_unfinished(workdir)  # what a killed process left
+        copy_tokenizer(tokenizer_dir, workdir)
+        needed, free = sum(leaf.nbytes for leaf in jax.tree.leaves(params)), shutil.disk_usage(workdir).free
+        if free < needed:
+            raise UserError(f'{workdir} cannot be written: the weights need {needed:,} bytes, {free:,} are free; free some '
+                            'space or choose another disk.')
     folder = step_folder(workdir, step)
-    record = Record(step, config_text, origin=origin)
-    with orbax_options():
-        stored, arrays = dataclasses.asdict(record), {'trainable': params}
-        ocp.save_checkpointables(folder.absolute(), arrays, custom_metadata=stored, overwrite=True)
-    checksum.commit(folder)
+    stored, arrays = dataclasses.asdict(Record(step, config_text, origin=origin)), {'trainable': params}
+    try:
+        with orbax_options():
+            ocp.save_checkpointables(folder.absolute(), arrays, custom_metadata=stored, overwrite=True)
+        if jax.process_index() == 0:
+            checksum.commit(folder)
+    except BaseException as error:
+        checksum.remove_unfinished(workdir)
+        if 'No space left' in str(error) or 'quota exceeded' in str(error):  # OSErrors, and those of Orbax's libraries
+            raise UserError(f'{workdir} cannot be written: the disk is full; free some space or choose another disk.'
+                            ) from error
+        raise
     return folder
+
+
+def raise_if_used(workdir: str | pathlib.Path) -> None:
+    """Raises UserError if a workdir holds finished steps."""
+    if step_numbers(pathlib.Path(workdir)):
+        raise UserError(f'{workdir} already holds a run; give a new folder.')
 
 
 def write_config(workdir: pathlib.Path, config_text: str) -> None:
@@ -123,20 +141,24 @@ def write_config(workdir: pathlib.Path, config_text: str) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
         (workdir / 'config.gin').write_text(config_text)
     except OSError as error:
-        raise UserError(f'cannot write to the workdir {workdir}: {error.strerror}; give another '
-                        '--workdir.') from None
+        raise UserError(f'cannot write to the workdir {workdir}: {error.strerror}; give another folder.') from None
 
 
 def copy_tokenizer(folder: str, workdir: pathlib.Path) -> None:
-    """Copies the tokenizer into the workdir, unless the same one lies there."""
+    """Copies the tokenizer into the workdir, unless the same one lies there; '' for none."""
     target = workdir / 'tokenizer'
+    if not folder:
+        shutil.rmtree(target, ignore_errors=True)
+        return
     if target.is_dir() and fingerprint(str(target)) == fingerprint(folder):
         return
     shutil.rmtree(target, ignore_errors=True)
     # Under a temporary name first: a killed process leaves no half of a tokenizer.
     temporary = workdir / 'tokenizer.tmp'
     shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(folder, temporary)
+    temporary.mkdir()
+    for file in tokenizer_files(folder):
+        shutil.copyfile(file, temporary / file.name)
     temporary.rename(target)
 
 
@@ -178,8 +200,7 @@ def latest_step(workdir: pathlib.Path) -> int | None:
             folder, len(damaged), damaged[0],
         )
     if finished:
-        raise UserError(f'every checkpoint in {workdir / "steps"} is damaged; restore them, or start in a '
-                        'new workdir.')
+        raise UserError(f'every checkpoint in {workdir / "steps"} is damaged; restore them, or start in a new workdir.')
     return None
 
 
@@ -215,8 +236,7 @@ def raise_if_damaged(folder: pathlib.Path) -> None:
     """Raises UserError if a committed folder has changed since it was written."""
     damaged = checksum.damaged_files(folder)
     if damaged:
-        raise UserError(f'{folder} is damaged: {len(damaged)} of its files changed since they were written, '
-                        'the first is '
+        raise UserError(f'{folder} is damaged: {len(damaged)} of its files changed since they were written, the first is '
                         f'{damaged[0]}; take another step or a copy.')
 
 

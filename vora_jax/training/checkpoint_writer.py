@@ -2,7 +2,6 @@
 import concurrent.futures
 import dataclasses
 import pathlib
-import re
 import shutil
 from typing import Any
 
@@ -28,7 +27,7 @@ class Writer:
         for parent in ('steps', 'frozen'):
             (workdir / parent).mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
-            _remove_unfinished(workdir)
+            checksum.remove_unfinished(workdir)
 
     def save_frozen(self, frozen: Params) -> str:
         """The hash of the frozen weights' content ('' for none); writes them unless they are there."""
@@ -82,11 +81,3 @@ def _remove(folder: pathlib.Path) -> None:
     # The checksum file first: a process killed in between leaves an unfinished step, not a damaged one.
     (folder / checksum.SIDECAR).unlink(missing_ok=True)
     shutil.rmtree(folder)
-
-
-def _remove_unfinished(workdir: pathlib.Path) -> None:
-    """Deletes what a killed process left; folders that we did not name stay."""
-    for parent, ours in (('steps', r'\d+(\..*)?'), ('frozen', r'[0-9a-f]{16,}(\..*)?')):
-        for folder in (workdir / parent).iterdir():
-            if folder.is_dir() and re.fullmatch(ours, folder.name) and not checksum.is_committed(folder):
-                shutil.rmtree(folder)

@@ -8,6 +8,8 @@ import hashlib
 import json
 import os
 import pathlib
+import re
+import shutil
 
 SIDECAR = 'SHA256.json'
 
@@ -41,6 +43,14 @@ def damaged_files(folder: pathlib.Path) -> list[str]:
         return [SIDECAR]
     present = digest(folder)
     return sorted(name for name, value in expected.items() if present.get(name) != value)
+
+
+def remove_unfinished(workdir: pathlib.Path) -> None:
+    """Deletes what a killed process left in a workdir; folders that we did not name stay."""
+    for parent, ours in (('steps', r'\d+(\..*)?'), ('frozen', r'[0-9a-f]{16,}(\..*)?')):
+        for folder in (workdir / parent).iterdir() if (workdir / parent).is_dir() else ():
+            if folder.is_dir() and re.fullmatch(ours, folder.name) and not is_committed(folder):
+                shutil.rmtree(folder)
 
 
 def _sha256(path: pathlib.Path) -> str:

@@ -195,6 +195,11 @@ def validate(config: Train) -> None:
             f'Train.stage is {config.stage!r}, but {config.method.name} has the stages '
             f'{", ".join(config.method.stages)}.'
         )
+    if not config.method.stages[config.stage].trainable:
+        raise UserError(f'Train.stage {config.stage!r} of {config.method.name} trains nothing; let another run start from '
+                        'its weights, with --init-from.')
+    if not config.data.sources:
+        raise UserError('Data.sources is empty; give at least one Source.')
 
 
 def _at_least(name: str, value: float, least: int) -> None:

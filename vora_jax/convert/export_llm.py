@@ -1,0 +1,72 @@
+"""The language model alone, as a stock one."""
+import dataclasses
+
+from vora_jax.convert.export_plan import Part, Plan, Request
+from vora_jax.convert.exportable import Exportable, parameter_shapes
+from vora_jax.convert.hf_config import llm_to_config
+from vora_jax.convert.lazy_arrays import zeros
+from vora_jax.convert.tables import DECODER
+from vora_jax.nn.block import LINEARS
+from vora_jax.types import UserError
+
+ATTENTION, MLP = LINEARS[:4], LINEARS[4:]
+
+USAGE = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model, tokenizer = AutoModelForCausalLM.from_pretrained('{folder}'), AutoTokenizer.from_pretrained('{folder}')
+chat = [{{'role': 'user', 'content': 'your question'}}]
+inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors='pt', return_dict=True)
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))
+"""
+
+
+def plan(request: Request) -> Plan:
+    """Stock Qwen2, Qwen3 or Llama, without adapters.
+
+    Biases that only some layers have (VoRA's) make it a Llama with biases on all linears of attention or MLP, zero where
+    a layer has none.
+
+    Raises:
+        UserError: the model has adapters, or no stock model has its parts.
+    """
+    what = text_only(request.what)
+    if what.has_adapters:
+        raise UserError('export: the layout `llm` holds no adapters; pass --merge.')
+    what, notes = with_equal_layers(what), []
+    if request.what.model.vision is not None:
+        notes.append('The language model alone: it reads text and cannot see.')
+    if what.model.llm.biases != request.what.model.llm.biases:
+        notes.append('Biases that only some layers were trained with are zero in the others; so the model is a Llama '
+                     'with biases.')
+    config = llm_to_config(what.model.llm, request.max_positions, request.dtype) | request.token_ids
+    part = Part(DECODER, what.params, what.shapes, {'config.json': config, 'generation_config.json': generation(request)})
+    return Plan({'': part}, what.model, USAGE.format(folder='.'), tuple(notes))
+
+
+def generation(request: Request, **more) -> dict:
+    """generation_config.json: greedy."""
+    return {'do_sample': False, **request.token_ids, **more}
+
+
+def text_only(what: Exportable) -> Exportable:
+    """Without the front end."""
+    params = {path: leaf for path, leaf in what.params.items() if path.startswith('decoder/')}
+    return what._replace(model=what.model.clone(vision=None), params=params,
+                         shapes={path: shape for path, shape in what.shapes.items() if path in params})
+
+
+def with_equal_layers(what: Exportable) -> Exportable:
+    """The same function with the same biases in all layers, zero where there were none."""
+    model = what.model
+    if not any(group.biases for group in model.groups):
+        return what
+    wanted = {*model.llm.biases, *(name for group in model.groups for name in group.biases)}
+    biases = tuple(name for kind in (ATTENTION, MLP) if wanted & {*kind} for name in kind)
+    llm = dataclasses.replace(model.llm, biases=biases)
+    model = model.clone(llm=llm, groups=tuple(dataclasses.replace(group, biases=()) for group in model.groups))
+    shapes, params = parameter_shapes(model), dict(what.params)
+    for path, shape in shapes.items():
+        if path not in params:
+            params[path] = zeros(shape, what.params[path.replace('/bias', '/kernel')].dtype)
+    return what._replace(model=model, params=params, shapes=shapes)
