@@ -19,7 +19,8 @@ TRICKY = [
     '\u00a0x\u3000y', '\u200b', '\ufeff', '\x00', '▁', ' ▁▁a', '<|im_end', '< s >', '</s', '<0x0A>',
     '[INST]', '<<SYS>>', 'a' * 700, ' ' * 90,
     'ab ' * 200, '\n' * 40]
-SPECIAL_TEXTS = ['<|im_end|>', 'a<|im_start|>b', '<s>', 'a </s> b', '</s></s>', 'red</s>blue', '<unk>', '<|eot_id|> x', '<|endoftext|>']
+SPECIAL_TEXTS = ['<|im_end|>', 'a<|im_start|>b', '<s>', 'a </s> b', '</s></s>', 'red</s>blue', '<unk>',
+                 '<|eot_id|> x', '<|endoftext|>']
 TEXTS = ['What is the colour of the shape?', 'It is red.\n\nIt is blue.\n', 'user', 'assistant', 'system', 'return x + 1\n',
          'You are a helpful assistant.', 'Hello, world!', '12 + 30 = 42\n', 'two  spaces  and    four', 'red\n\nblue\n\n',
          'こんにちは 東京'] * 20

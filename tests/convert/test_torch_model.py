@@ -266,11 +266,15 @@ def test_a_folder_of_any_name_loads(name, exported, tmp_path, monkeypatch):
         assert torch_model.answer(theirs, None, 'what?', max_new_tokens=2) is not None
 
 
-def test_saved_again_it_is_complete(exported, tmp_path):
-    torch_model, theirs = load_folder(exported('dino'))
+@pytest.mark.parametrize('kind', ['dino', 'llama'])
+def test_saved_again_it_is_complete(kind, exported, tmp_path):
+    torch_model, theirs = load_folder(exported(kind))
+    torch_model.resize_token_embeddings(310)
     for part in (torch_model, theirs):
         part.save_pretrained(tmp_path)
     again, _ = load_folder(str(tmp_path))
+    assert again.lm_head.weight.shape[0] == again.model.embed_tokens.weight.shape[0] == again.config.vocab_size == 310
+    assert (again.lm_head.weight is again.model.embed_tokens.weight) == (kind == 'llama')
     for name, tensor in torch_model.state_dict().items():
         torch.testing.assert_close(again.state_dict()[name], tensor)
 

@@ -127,9 +127,11 @@ def test_the_written_template_gives_the_same_prompts(folders, name, kind):
     theirs.add_special_tokens({'additional_special_tokens': ['<image>']})
     image, text = theirs.convert_tokens_to_ids('<image>'), jinja(template, ours)
     for system, exchanges in conversations():
-        if template.apart or name == 'plain':  # tokens must not hold the end of a prompt and the start of an answer
-            exchanges = [(question, answer.strip('\n \t\r.\u200b\u0301') + '!' * (name != 'plain'))
-                         for question, answer in exchanges]
+        # Where answers or end marks are tokenised apart, no token of the reference may reach over their border.
+        if template.apart:
+            exchanges = [(question, answer.strip('\n \t\r.\u200b\u0301') + '!') for question, answer in exchanges]
+        elif name == 'plain':
+            exchanges = [(exchanges[0][0], exchanges[0][1].rstrip('\n \t\r.\u200b\u0301') + 'a')]
         exchanges[0] = ('<image>' + exchanges[0][0] + '<image>', exchanges[0][1])
         expected = theirs.apply_chat_template(messages(system, exchanges), chat_template=text, return_dict=True,
                                               return_assistant_tokens_mask=True)
@@ -176,7 +178,7 @@ def test_an_empty_system_message_is_none(folders):
 
 
 def test_all_bytes_of_an_answers_first_character_are_learned(tmp_path):
-    own = train_sentencepiece(tiny.TEXTS, str(tmp_path), 300)
+    own = train_sentencepiece(tiny.TEXTS, str(tmp_path), 400)
     ids, mask = flat(render(record(None, [('q', '🙂')]), own, find_template('qwen2.5')))
     learned = [token for token, one in zip(ids, mask) if one]
     assert learned == [*own.encode('🙂'), own.token_id('<|im_end|>')] and len(learned) == 5

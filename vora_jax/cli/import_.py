@@ -16,9 +16,10 @@ from vora_jax.cli.imported_data import Guess, copy_tokenizer_files, guess_templa
 from vora_jax.cli.processes import join_processes
 from vora_jax.convert import from_hf, name_map
 from vora_jax.convert.recognise import Recognised, recognise
-from vora_jax.convert.safetensors_files import Folder, open_folder
+from vora_jax.convert.safetensors_files import open_folder
 from vora_jax.data.fake import fake_batch
 from vora_jax.data.special_tokens import read_json
+from vora_jax.data.templates import find_template
 from vora_jax.method import Method
 from vora_jax.params import count, flatten, unflatten
 from vora_jax.training import checkpoint, sharding
@@ -33,6 +34,9 @@ The weights keep their dtype. A training run starts from the result with --init-
 """
 EXAMPLE = """vora import SmolLM2-135M-Instruct --to runs/smollm2
 vora import aimv2-huge-patch14-448 --to runs/aimv2"""
+
+
+_COMPILATION = ('/jax/core/compile/jaxpr_to_mlir_module_duration', '/jax/core/compile/backend_compile_duration')
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,16 +74,17 @@ def import_folder(source: pathlib.Path, to: str, dtype: str | None = None, templ
     """
     clock = _Clock()
     checkpoint.raise_if_used(to)
-    with tempfile.TemporaryDirectory() as tokenizer, _open(source) as folder:
+    config, asked = _config(source), template and find_template(template).name
+    with tempfile.TemporaryDirectory() as tokenizer, open_folder(source) as folder:
         given = {name: info.shape for name, info in folder.tensors.items()}
-        found = recognise(_config(source), given, _preprocessor(source), teacher_heads=teacher_heads,
+        found = recognise(config, given, _preprocessor(source), teacher_heads=teacher_heads,
                           where=str(source / 'config.json'))
         has_tokenizer = copy_tokenizer_files(source, pathlib.Path(tokenizer))
-        guess = Guess(template, 'as asked') if template else Guess('chatml', 'nothing to ask')
-        if has_tokenizer and not template:
+        guess = Guess(asked, 'as asked') if asked else Guess('chatml', 'of no use without a tokenizer')
+        if has_tokenizer and not asked:
             guess = guess_template(pathlib.Path(tokenizer), found.hints.get('template'))
-        config, text = _configure(found, str(pathlib.Path(to) / 'tokenizer') if has_tokenizer else '', guess)
-        targets = _targets(config.method, config.stage)
+        run_config, text = _configure(found, str(pathlib.Path(to) / 'tokenizer') if has_tokenizer else '', guess)
+        targets = _targets(run_config.method, run_config.stage)
         entries = name_map.entries({path: leaf.shape for path, leaf in targets.items()}, found.table)
         names, ignored = name_map.match_names(entries, given, found.table, str(source))
         aliases = name_map.alias_pairs(entries, given, found.table)
@@ -120,19 +125,16 @@ class _Clock:
         self._last = now
 
     def _on_event(self, event: str, seconds: float, **_: Any) -> None:
-        if event.startswith('/jax/core/compile/'):
+        if event in _COMPILATION:
             self.seconds['compile'] += seconds
 
 
-def _open(source: pathlib.Path) -> Folder:
-    if source.is_dir() and not (source / 'config.json').is_file():
-        raise UserError(f'{source} holds no config.json; give a Hugging Face folder, with all of its files.')
-    return open_folder(source)
-
-
 def _config(source: pathlib.Path) -> dict[str, Any]:
-    if not source.is_dir():
-        raise UserError(f'{source} is a file; give the folder that holds it and its config.json.')
+    """The content of config.json."""
+    if not source.exists():
+        raise UserError(f'{source} does not exist; correct the path.')
+    if not (source / 'config.json').is_file():
+        raise UserError(f'{source} holds no config.json; give a Hugging Face folder, with all of its files.')
     return read_json(source / 'config.json')
 
 

@@ -4,31 +4,32 @@ import dataclasses
 import json
 import os
 import pathlib
-import random
 import sys
 import tempfile
 
 import numpy as np
-import PIL.Image
 import tqdm
 
-from vora_jax.cli.opened_model import OpenedModel, open_model
+from vora_jax.cli.export_source import Source, open_source
+from vora_jax.cli.made_up_prompts import made_up_prompts
+from vora_jax.convert.to_hf import read_record
 from vora_jax.convert.verify import Comparison, Question, verify
 from vora_jax.data.conversation import check_record
 from vora_jax.data.sources import JsonLines
 from vora_jax.data.tokenizer import IMAGE
 from vora_jax.evaluation.prompts import Prompt, PromptRows
+from vora_jax.model import VisionLanguageModel
 from vora_jax.types import UserError
 
 HELP = """Compare a checkpoint (JAX) with its exported folder (PyTorch).
 
-Every exported tensor must equal the checkpoint's bit for bit; logits of prompts with pictures and greedy answers must
-agree, both sides computed in float32. Prompts come from --data, or are made up. Exit code 0 if all is equal, 1 if not.
+Every exported tensor must equal the checkpoint's bit for bit (an export that merged is merged again); logits of prompts
+with pictures and greedy answers must agree, both sides computed in float32. An encoder is compared by its features; the
+layout vora, which ships no code, is imported again and runs in JAX. Prompts come from --data, or are made up. Exit code 0
+if all is equal, 1 if not.
 """
 EXAMPLE = 'vora verify runs/finetune exported --data data/easy_vqa/test.jsonl'
 BATCH_ROWS = 8
-WORDS = ('what', 'is', 'the', 'colour', 'of', 'this shape', 'how many', 'are there?', '12', '3.5', '(yes)', 'Zürich', '東京',
-         '🙂')
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,6 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help='length of the compared answers; default %(default)s')
     parser.add_argument('--tolerance', type=float, default=1e-3, metavar='X',
                         help='largest accepted difference of a logit; default %(default)s')
+    parser.add_argument('--teacher', metavar='DIR', help="Hugging Face folder of the checkpoint's teacher: also compares "
+                                                         'distillation losses')
     parser.add_argument('--json', metavar='FILE', help='also write the result there; - prints it instead of the text')
 
 
@@ -49,19 +52,29 @@ def run(args: argparse.Namespace) -> int:
     for name in ('num', 'max_new_tokens'):
         if getattr(args, name) < 1:
             raise UserError(f'--{name.replace("_", "-")} is {getattr(args, name)}; it must be at least 1.')
-    opened = open_model(args.checkpoint)
-    with tempfile.TemporaryDirectory() as pictures:
-        if args.data:
-            prompts = read_prompts(args.data, args.num)
-        else:
-            prompts = made_up_prompts(args.num, opened, pathlib.Path(pictures))
-        rows = PromptRows(prompts, opened.data, opened.rule, opened.tokenizer)
-        batches = tqdm.tqdm(rows.batches(BATCH_ROWS), total=-(-len(rows) // BATCH_ROWS), leave=False, disable=None)
+    layout = read_record(pathlib.Path(args.folder))['layout']  # before anything large is read
+    source = open_source(args.checkpoint)
+    prompting = source.prompting
+    with tempfile.TemporaryDirectory() as folder:
+        prompts, batches = [], ()
+        if source.tokenizer is not None and isinstance(source.model, VisionLanguageModel):
+            prompts = read_prompts(args.data, args.num) if args.data else made_up_prompts(
+                args.num, None if layout == 'llm' else source.rule, pathlib.Path(folder), _stock_side(source, args))
+            rows = PromptRows(prompts, source.data, source.rule, source.tokenizer)
+            batches = tqdm.tqdm(rows.batches(BATCH_ROWS), total=-(-len(rows) // BATCH_ROWS), leave=False, disable=None)
         questions = [Question(prompt.question, prompt.images, prompt.where) for prompt in prompts]
-        found = verify(opened.params, opened.model, args.folder, questions, batches, eos_id=rows.end_id,
+        found = verify(source.params, source.model, args.folder, questions, batches, eos_id=prompting.eos_id,
+                       rule=source.rule, prompting=prompting, teacher=args.teacher or '',
                        max_new_tokens=args.max_new_tokens, tolerance=args.tolerance)
     _report(found, args)
     return 1 if found.problems else 0
+
+
+def _stock_side(source: Source, args: argparse.Namespace) -> int:
+    """Side of made-up pictures that stock code and ours read alike; 0 for any."""
+    stock = read_record(pathlib.Path(args.folder))['layout'] in ('llava', 'vora') or args.teacher
+    embed = getattr(source.model.vision, 'patch_embed', None)
+    return embed.table_rows * embed.patch_size if stock and embed is not None else 0
 
 
 def read_prompts(path: str, num: int) -> list[Prompt]:
@@ -77,19 +90,6 @@ def read_prompts(path: str, num: int) -> list[Prompt]:
     return prompts
 
 
-def made_up_prompts(num: int, opened: OpenedModel, folder: pathlib.Path) -> list[Prompt]:
-    """Random words; where the model sees, also random pictures of any shape, written to `folder`."""
-    rng, pixels, prompts = random.Random(0), np.random.default_rng(0), []
-    for number in range(num):
-        question, images = ' '.join(rng.choices(WORDS, k=rng.randint(1, 12))), []
-        for _ in range(number % 3 if opened.rule is not None else 0):
-            height, width = (rng.randint(1, 10) * opened.rule.patch_size + rng.randint(0, 3) for _ in range(2))
-            images.append(str(folder / f'{number}-{len(images)}.png'))
-            PIL.Image.fromarray(pixels.integers(0, 256, (height, width, 3), np.uint8)).save(images[-1])
-        prompts.append(Prompt(question, tuple(images), where=f'made-up prompt {number} with {len(images)} pictures'))
-    return prompts
-
-
 def _report(found: Comparison, args: argparse.Namespace) -> None:
     if args.json:
         text = json.dumps(dataclasses.asdict(found), ensure_ascii=False, indent=1)
@@ -100,10 +100,22 @@ def _report(found: Comparison, args: argparse.Namespace) -> None:
             pathlib.Path(args.json).write_text(text + '\n', encoding='utf-8')
         except OSError as error:
             raise UserError(f'--json {args.json} cannot be written ({error.strerror}); give another file.') from error
-    print(f'{found.tensors} tensors compared bit for bit ({found.dtype})')
-    print(f'{found.num_prompts} prompts: largest logit difference {found.max_abs_logit_diff:.2e} ({found.worst})')
-    ties = f', {found.near_ties} decided by logits closer than rounding' if found.near_ties else ''
-    print(f'{found.same_answers} of {found.num_prompts} greedy answers equal{ties}')
+    print(f'{found.tensors} tensors compared bit for bit (layout {found.layout}, {found.dtype})')
+    if found.worst_tensor:
+        print(f'worst tensor: {found.worst_tensor}, largest difference {found.max_abs_tensor_diff:.2e}')
+    if found.max_abs_feature_diff is not None:
+        print(f'largest difference of features {found.max_abs_feature_diff:.2e} ({found.worst})')
+    if found.num_prompts:
+        print(f'{found.num_prompts} prompts: largest logit difference {found.max_abs_logit_diff:.2e} ({found.worst})')
+        ties = f', {found.near_ties} decided by logits closer than rounding:' if found.near_ties else ''
+        kind = 'answers' if found.layout != 'vora' else 'prompts\' best tokens'
+        print(f'{found.same_answers} of {found.num_prompts} greedy {kind} equal{ties}')
+    for line in found.gaps:
+        print(f'  {line}')
+    for layer, ours, theirs in found.distill_losses:
+        print(f'distillation loss of layer {layer}: {ours:.6f}, in torch {theirs:.6f}')
+    for line in found.left_out:
+        print(f'not compared: {line}')
     for problem in found.problems[:10]:
         print(f'vora: {problem}', file=sys.stderr)
     if len(found.problems) > 10:

@@ -41,7 +41,7 @@ def stream(content: Part, dtype: str, losses: 'Losses | None' = None) -> Iterato
     bad: list[str] = []
     for name, pieces in _tensors(content):
         sources = tuple(part(content.params[entry.path], entry.layer) for entry in pieces)
-        whole, finite = _converted(sources, pieces[0].layout, dtype)
+        whole, finite = _converted(sources, tuple(piece.layout for piece in pieces), dtype)
         if losses is not None:
             losses.add(name, content.params[pieces[0].path], pieces[0], sources)
         del sources
@@ -72,20 +72,20 @@ def _whole_shape(pieces: Sequence[Entry]) -> tuple[int, ...]:
     return (*shape[:axis], last.start + shape[axis], *shape[axis + 1:]) if shape else shape
 
 
-def _converted(sources: tuple[Array, ...], layout: Layout, dtype: str) -> tuple[np.ndarray, bool]:
+def _converted(sources: tuple[Array, ...], layouts: tuple[Layout, ...], dtype: str) -> tuple[np.ndarray, bool]:
     """(the foreign tensor, whether all of it is finite)."""
     source = sources[0]
-    if len(sources) == 1 and layout is SAME and source.dtype == jnp.dtype(dtype):
+    if layouts == (SAME,) and source.dtype == jnp.dtype(dtype):
         return np.ascontiguousarray(np.asarray(source)), bool(_finite(source))
     # The layout changes on the device, where a transpose is a fraction of NumPy's time.
-    whole, finite = _convert(sources, layout, jnp.dtype(dtype))
+    whole, finite = _convert(sources, layouts, jnp.dtype(dtype))
     return np.asarray(whole), bool(finite)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _convert(sources: tuple[jax.Array, ...], layout: Layout, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-    pieces = [layout.export(source.astype(dtype)) for source in sources]
-    whole = pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, axis=layout.axis)
+def _convert(sources: tuple[jax.Array, ...], layouts: tuple[Layout, ...], dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    pieces = [layout.export(source.astype(dtype)) for source, layout in zip(sources, layouts, strict=True)]
+    whole = pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, axis=layouts[0].axis)
     return whole, jnp.stack([_all_finite(source.astype(dtype)) for source in sources]).all()
 
 

@@ -55,7 +55,7 @@ class Exported:
 def export(params: Params, model: Any, prompting: Prompting, folder: str, *, rule: VisionTokenRule | None = None,
            layout: str | None = None, merge: bool = False, dtype: str = 'keep', base: str = '', template: str = '',
            provenance: Provenance = Provenance(), max_positions: int = 4096, overwrite: bool = False,
-           max_shard_bytes: int = 4 << 30, probe: Batch | None = None,
+           max_shard_bytes: int = 4 << 30, probe: Callable[[], Batch | None] = lambda: None,
            on_bytes: Callable[[int, int], None] = lambda done, total: None) -> Exported:
     """Writes a folder in one of the layouts of `export_layouts`; it appears when it is complete.
 
@@ -73,7 +73,7 @@ def export(params: Params, model: Any, prompting: Prompting, folder: str, *, rul
         max_positions: the longest context that a stock configuration states, slots.
         overwrite: replaces an earlier export; never another folder.
         max_shard_bytes: files grow to about this size.
-        probe: prompts on which the effect of merge and cast on logits is measured; None measures weights only.
+        probe: gives prompts on which the effect of a cast on logits is measured; None measures weights only.
         on_bytes: is called with (bytes of weights just written, all bytes).
 
     Raises:
@@ -108,8 +108,8 @@ def export(params: Params, model: Any, prompting: Prompting, folder: str, *, rul
         clock('weights')
         report = None
         if losses is not None:
-            measured = isinstance(model, VisionLanguageModel) and probe is not None
-            report = make_report(losses, logit_difference(what, narrow, probe) if measured else None)
+            batch = probe() if isinstance(model, VisionLanguageModel) else None
+            report = make_report(losses, None if batch is None else logit_difference(what, narrow, batch))
         clock('report')
         card = model_card(plan, layout, merged, provenance, what.dropped, report)
         texts = {'README.md': card} | ({CONFIG_FILE: provenance.config_text} if provenance.config_text else {})

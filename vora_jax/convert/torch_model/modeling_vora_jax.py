@@ -62,7 +62,7 @@ class VoraJaxForCausalLM(PreTrainedModel, GenerationMixin):
             if getattr(module, 'bias', None) is not None:
                 nn.init.zeros_(module.bias)
 
-    # Version 4 finds these three by convention in models of its own only.
+    # Version 4 finds these by convention in models of its own only.
     def get_input_embeddings(self):
         return self.model.embed_tokens
 
@@ -71,6 +71,9 @@ class VoraJaxForCausalLM(PreTrainedModel, GenerationMixin):
 
     def get_output_embeddings(self):
         return self.lm_head
+
+    def set_output_embeddings(self, value):
+        self.lm_head = value
 
     def forward(self, input_ids, attention_mask=None, pixel_values=None, image_grid=None, past_key_values=None,
                 labels=None, use_cache=False, logits_to_keep=0, **kwargs):

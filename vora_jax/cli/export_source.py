@@ -1,0 +1,81 @@
+"""What an export needs of a checkpoint."""
+import dataclasses
+import pathlib
+from typing import Any, NamedTuple
+
+from vora_jax.batch import Batch
+from vora_jax.cli import gin_config
+from vora_jax.cli.made_up_prompts import probe_batch
+from vora_jax.convert.own_layout import Prompting
+from vora_jax.convert.to_hf import Provenance
+from vora_jax.data.config import Data
+from vora_jax.data.templates import find_template, jinja
+from vora_jax.data.tokenizer import Tokenizer, load_tokenizer
+from vora_jax.method import VisionTokenRule
+from vora_jax.model import VisionLanguageModel
+from vora_jax.training import checkpoint
+from vora_jax.types import Params
+
+# Stock configurations state a longest context; training knows only the length of its rows.
+_LEAST_POSITIONS = 4096
+
+
+class Source(NamedTuple):
+    """An opened checkpoint.
+
+    params: full.    model, rule: of its stage and method.    data: with the checkpoint's own tokenizer folder.
+    tokenizer: None where the checkpoint has none (an encoder).
+    """
+
+    params: Params
+    model: Any
+    rule: VisionTokenRule | None
+    data: Data
+    tokenizer: Tokenizer | None
+    provenance: Provenance
+
+    @property
+    def prompting(self) -> Prompting:
+        """How prompts and pictures are made."""
+        if self.tokenizer is None:
+            return Prompting('', 0)
+        template, policy = find_template(self.data.template), self.data.image_policy
+        return Prompting(self.data.tokenizer, template.end_id(self.tokenizer), template.system, policy.min_patches,
+                         policy.max_patches, policy.kind, policy.side, tuple(policy.color))
+
+    @property
+    def template(self) -> str:
+        """The content of chat_template.jinja."""
+        return jinja(find_template(self.data.template), self.tokenizer) if self.tokenizer else ''
+
+    @property
+    def max_positions(self) -> int:
+        """The longest context that a configuration states, slots."""
+        llm = getattr(self.model, 'llm', None)
+        scaling = getattr(llm, 'rope_scaling', None)
+        stretched = round(scaling.factor * scaling.original_max_positions) if scaling else 0
+        return max(_LEAST_POSITIONS, self.data.max_slots, stretched)
+
+    def probe(self) -> Batch | None:
+        """A few made-up prompts; None where the model reads none."""
+        if self.tokenizer is None or not isinstance(self.model, VisionLanguageModel):
+            return None
+        return probe_batch(self.data, self.rule, self.tokenizer)
+
+
+def open_source(path: str) -> Source:
+    """The checkpoint of a workdir or step, of any method.
+
+    Raises:
+        UserError: not a checkpoint.
+    """
+    opened = checkpoint.open_checkpoint(path)
+    config, _ = gin_config.load('Train', texts=[opened.config_text])
+    stage, folder = config.method.stage(config.stage), opened.tokenizer_dir
+    tokenizer = load_tokenizer(str(folder)) if folder and pathlib.Path(folder).is_dir() else None
+    data = dataclasses.replace(config.data, tokenizer=str(folder))
+    record = opened.metadata
+    base = tuple(config.init_from) or ((record.origin,) if record.origin not in ('train', 'merge', 'test') else ())
+    provenance = Provenance(config.method.name, config.stage, opened.step, base, record.manifest,
+                            tuple(source.path for source in config.data.sources), opened.config_text)
+    return Source(opened.params, stage.model, config.method.vision_tokens, data, tokenizer, provenance)
