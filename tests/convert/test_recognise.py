@@ -141,7 +141,7 @@ def test_encoders(name):
     found = recognise(config, {}, preprocessor)
     assert found.arguments == {'vit': vit}
     assert (found.method, found.stage, found.hints['image']) == ('image_encoder', 'frozen', {
-        'kind': 'square_crop', 'side': side})
+        'kind': 'square_stretch' if name.startswith('siglip') else 'square_crop', 'side': side})
     assert num_parameters(found) == count
     again = recognise(vit_to_config(vit), {}, preprocessor)
     assert again.arguments == {'vit': vit} and again.table == found.table

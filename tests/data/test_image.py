@@ -164,6 +164,11 @@ def test_square_policies(size):
     whole = PIL.Image.fromarray(canvas).resize((28, 28), PIL.Image.Resampling.BICUBIC)
     np.testing.assert_array_equal(picture.pixels, patchify(np.asarray(whole), 14))
 
+    file.seek(0)
+    picture = load_picture(file, 14, ImagePolicy(kind='square_stretch', side=28))
+    whole = PIL.Image.fromarray(pixels).resize((28, 28), PIL.Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(picture.pixels, patchify(np.asarray(whole), 14))
+
 
 def test_a_square_must_be_whole_patches_within_the_limit():
     with pytest.raises(UserError, match='no whole patches of 14 pixels'):

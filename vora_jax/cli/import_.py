@@ -1,6 +1,7 @@
 """`vora import`: a Hugging Face folder as a checkpoint."""
 import argparse
 import json
+import logging
 import pathlib
 import signal
 import tempfile
@@ -53,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Writes the checkpoint; 0 on success. UserError on bad input."""
+    logging.getLogger('absl').setLevel(logging.CRITICAL)  # Orbax's threads log tracebacks of what is told in a sentence
     with join_processes():
         # JAX keeps SIGTERM for a last checkpoint, but a half-done import is worth none.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -180,11 +182,13 @@ def _report(done: dict[str, Any]) -> str:
     if done['tokenizer']:
         lines.append(f'chat template: {done["template"]} ({done["template_reason"]}; another: --template NAME)')
     if done['image']:
-        lines.append('pictures: ' + ', '.join(f'{key} {value}' for key, value in done['image'].items()))
+        side = f', {done["image"]["side"]} x {done["image"]["side"]} pixels' if 'side' in done['image'] else ''
+        lines.append(f'pictures: {done["image"].get("kind", "native")}{side}')
     if done['method'] == 'image_encoder':
         lines.append(f'start from it: vora train CONFIG --init-from teacher={to}:encoder')
     elif done['tokenizer']:
-        lines.append(f'ask it: vora generate {to} "What is the capital of France?"')
+        picture = '' if done['method'] == 'language_model' else '--image FILE '
+        lines.append(f'ask it: vora generate {to} {picture}"..."')
     else:
         lines.append(f'it has no tokenizer; start from it: vora train CONFIG --init-from {to}')
     return '\n'.join(lines)

@@ -108,7 +108,7 @@ def smallest_batch(model: Model) -> Batch:
     """The smallest batch: one text slot, and one empty patch if the model sees."""
     ids, none = np.zeros((1, 1), np.int32), np.full((1, 1), -1, np.int32)
     patches = None
-    vision = model.vit if isinstance(model, ImageEncoder) else model.vision
+    vision = model.vision if isinstance(model, VisionLanguageModel) else model.vit
     if vision is not None:
         pixels = np.zeros((1, 1, 3 * vision.patch_embed.patch_size**2), np.uint8)
         place = none.astype(np.int16)

@@ -193,9 +193,12 @@ def _image_hint(vit: Vit, preprocessor: Config | None) -> dict[str, Any]:
     patches, preprocessor = vit.patch_embed, preprocessor or {}
     if patches.positions == 'sincos':
         return {'image': {'kind': 'native', 'max_patches': 4 * patches.table_rows * patches.table_cols}}
-    crops = preprocessor.get('do_center_crop', True)
+    is_siglip = vit.norm == 'layer' and not patches.cls_token  # its processor changes the aspect ratio
+    pads, crops = preprocessor.get('do_pad', False), preprocessor.get('do_center_crop', not is_siglip)
     size = preprocessor.get('crop_size' if crops else 'size') or preprocessor.get('size')
     sides = size.values() if isinstance(size, Mapping) else [size or patches.table_rows * patches.patch_size]
     # SigLIP's 384 pixels make 27 patches of 14: the rest is cut off.
     side = min(sides) // patches.patch_size * patches.patch_size
-    return {'image': {'kind': 'square_crop' if crops else 'square_pad', 'side': side}}
+    if pads:
+        return {'image': {'kind': 'square_pad', 'side': side, 'color': tuple(int(255 * mean) for mean in patches.mean)}}
+    return {'image': {'kind': 'square_crop' if crops else 'square_stretch', 'side': side}}

@@ -55,7 +55,7 @@ def _random_picture(rows: int, cols: int, size: int, cls: bool) -> Patches:
     count = rows * cols + cls
     pixels = np.random.default_rng(0).integers(0, 256, (1, count, 3 * size**2), np.uint8)
     place = np.arange(rows * cols)
-    row, col = (np.concatenate([np.full(cls, -1), values]).astype(np.int16)[None]
+    row, col = (np.concatenate([np.full(int(cls), -1), values]).astype(np.int16)[None]
                 for values in (place // cols, place % cols))
     ids = np.zeros((1, count), np.int32)
     return Patches(pixels, row, col, ids, np.asarray([[[rows, cols]]], np.int32), ids, ids + count)

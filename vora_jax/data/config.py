@@ -31,8 +31,8 @@ class ImagePolicy:
     """How a picture is brought to whole patches, with bicubic resizing.
 
     kind: `native` keeps the aspect ratio. `square_pad` puts the picture in the middle of a square of `color` first,
-        `square_crop` brings the shorter side to `side` and cuts the middle out of the longer one (CLIP); both end at
-        `side` x `side` pixels.
+        `square_crop` brings the shorter side to `side` and cuts the middle out of the longer one (CLIP); `square_stretch`
+        changes the aspect ratio (SigLIP); all three end at `side` x `side` pixels.
     max_patches, min_patches: limits of rows * columns of patches of one native picture. A picture that is already a
         multiple of the patch size within the limits keeps every pixel.
     side: of a square, pixels.    color: red, green and blue of the padding, 0 to 255.
@@ -40,7 +40,7 @@ class ImagePolicy:
 
     max_patches: int = 1024
     min_patches: int = 1
-    kind: Literal['native', 'square_pad', 'square_crop'] = 'native'
+    kind: Literal['native', 'square_pad', 'square_crop', 'square_stretch'] = 'native'
     side: int = 0
     color: tuple[int, int, int] = (0, 0, 0)
 

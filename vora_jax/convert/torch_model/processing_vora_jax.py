@@ -47,8 +47,10 @@ def to_patches(image, size, policy):
         rows, cols = fit_grid(image.height, image.width, size, policy['min_patches'], policy['max_patches'])
     else:
         rows = cols = policy['side'] // size
-        image = (pad_to_square(image, policy['color']) if policy['kind'] == 'square_pad' else
-                 crop_to_square(image, policy['side']))
+        if policy['kind'] == 'square_pad':
+            image = pad_to_square(image, policy['color'])
+        elif policy['kind'] == 'square_crop':
+            image = crop_to_square(image, policy['side'])
     if image.size != (cols * size, rows * size):
         image = image.resize((cols * size, rows * size), Image.Resampling.BICUBIC)
     patches = np.array(image).reshape(rows, size, cols, size, 3).transpose(0, 2, 1, 3, 4)
