@@ -128,6 +128,7 @@ def foreign_libraries(files: list[File]) -> list[str]:
     found = []
     for file in files:
         standalone = 'torch_model' in file.path.parts
+        shipped = '.'.join(file.path.parts[:-1]) + '.'  # its companions, shipped beside it
         for node, name in imports(file):
             top = name.split('.')[0]
             if top in TORCH_LIBRARIES or name.startswith('safetensors.torch'):
@@ -137,7 +138,7 @@ def foreign_libraries(files: list[File]) -> list[str]:
                 found.append(f'{file.at(node)}: gin belongs in {PACKAGE}/cli/gin_config.py only')
             elif top in DEVICE_LIBRARIES and file.unit in HOST_ONLY:
                 found.append(f'{file.at(node)}: {file.unit} runs on the host and imports no {top}')
-            elif top in (PACKAGE, *DEVICE_LIBRARIES) and standalone:
+            elif standalone and top in (PACKAGE, *DEVICE_LIBRARIES) and not name.startswith(shipped):
                 found.append(
                     f'{file.at(node)}: this file is shipped in exports and must stand alone, without {top}'
                 )
@@ -264,6 +265,7 @@ SEEDED = {
         ('tests/test_a.py', 'from gin import config', 'gin belongs in'),
         ('vora_jax/data/a.py', 'import jax.numpy as jnp', 'data runs on the host and imports no jax'),
         ('vora_jax/batch.py', 'from flax import linen', 'batch runs on the host and imports no flax'),
+        ('vora_jax/convert/torch_model/a.py', 'from .b import c\nfrom ..d import e', 'a.py:2: this file is shipped'),
         ('vora_jax/convert/torch_model/a.py', 'import vora_jax.types', 'must stand alone'),
     ],
     surroundings: [

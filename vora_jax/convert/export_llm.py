@@ -1,5 +1,6 @@
 """The language model alone, as a stock one."""
 import dataclasses
+import pathlib
 
 from vora_jax.convert.export_plan import Part, Plan, Request
 from vora_jax.convert.exportable import Exportable, parameter_shapes
@@ -33,15 +34,26 @@ def plan(request: Request) -> Plan:
     what = text_only(request.what)
     if what.has_adapters:
         raise UserError('export: the layout `llm` holds no adapters; pass --merge.')
-    what, notes = with_equal_layers(what), []
+    notes: list[str] = []
+    # transformers 5 gives every Qwen2 the tokenizer of Qwen, whatever the folder holds.
+    foreign = (_is_sentencepiece(request.prompting.tokenizer) and what.model.llm.biases == ATTENTION[:3]
+               and not what.model.llm.qk_norm)
+    what = with_equal_layers(what, ATTENTION if foreign else ())
+    if foreign:
+        notes.append('A Llama whose output projections have biases of zero, not a Qwen2: for that, transformers 5 would '
+                     'ignore this tokenizer.')
     if request.what.model.vision is not None:
         notes.append('The language model alone: it reads text and cannot see.')
-    if what.model.llm.biases != request.what.model.llm.biases:
+    if any(group.biases for group in request.what.model.groups):
         notes.append('Biases that only some layers were trained with are zero in the others; so the model is a Llama '
                      'with biases.')
     config = llm_to_config(what.model.llm, request.max_positions, request.dtype) | request.token_ids
     part = Part(DECODER, what.params, what.shapes, {'config.json': config, 'generation_config.json': generation(request)})
     return Plan({'': part}, what.model, USAGE.format(folder='.'), tuple(notes))
+
+
+def _is_sentencepiece(folder: str) -> bool:
+    return (pathlib.Path(folder) / 'tokenizer.model').is_file() and not (pathlib.Path(folder) / 'tokenizer.json').is_file()
 
 
 def generation(request: Request, **more) -> dict:
@@ -56,12 +68,12 @@ def text_only(what: Exportable) -> Exportable:
                          shapes={path: shape for path, shape in what.shapes.items() if path in params})
 
 
-def with_equal_layers(what: Exportable) -> Exportable:
-    """The same function with the same biases in all layers, zero where there were none."""
+def with_equal_layers(what: Exportable, also: tuple[str, ...] = ()) -> Exportable:
+    """The same function with the same biases in all layers, zero where there were none; `also` on these linears."""
     model = what.model
-    if not any(group.biases for group in model.groups):
+    if not also and not any(group.biases for group in model.groups):
         return what
-    wanted = {*model.llm.biases, *(name for group in model.groups for name in group.biases)}
+    wanted = {*model.llm.biases, *also, *(name for group in model.groups for name in group.biases)}
     biases = tuple(name for kind in (ATTENTION, MLP) if wanted & {*kind} for name in kind)
     llm = dataclasses.replace(model.llm, biases=biases)
     model = model.clone(llm=llm, groups=tuple(dataclasses.replace(group, biases=()) for group in model.groups))
