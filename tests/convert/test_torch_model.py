@@ -2,7 +2,9 @@
 import ast
 import dataclasses
 import functools
+import json
 import pathlib
+import re
 import shutil
 import sys
 
@@ -10,6 +12,7 @@ import jax
 import numpy as np
 import PIL.Image
 import pytest
+from safetensors.numpy import load_file
 from tiny_models import (
     KINDS,
     make_any,
@@ -20,10 +23,13 @@ from tiny_models import (
     rows,
 )
 
+from vora_jax import variants
+from vora_jax.convert.own_layout import Prompting, own_config
+from vora_jax.convert.recognise import recognise
 from vora_jax.convert.to_hf import TORCH_MODEL, export
 from vora_jax.convert.verify import load_folder, verify
 from vora_jax.data.config import ImagePolicy
-from vora_jax.data.image import fit_grid, load_picture
+from vora_jax.data.image import fit_grid, load_picture, patchify
 from vora_jax.llm.generate import greedy
 from vora_jax.types import TEXT
 from vora_jax.vision.vit import VisionTransformer
@@ -32,6 +38,7 @@ torch = pytest.importorskip('torch', reason="needs pip install 'vora_jax[torch]'
 pytest.importorskip('transformers', reason="needs pip install 'vora_jax[torch]'")
 
 EOS = 3
+GOLDEN = pathlib.Path(__file__).parent / 'vora_golden'
 # Tests compile much and compute little.
 quick_jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 
@@ -100,6 +107,40 @@ def test_logits_of_every_kind_of_model(kind, asked):
         theirs = torch_model(**inputs).logits.numpy()[mask]
     assert ours.std() > 0.3
     assert np.abs(ours - theirs).max() < 2e-5  # measured 6e-6 at logits up to 4.7
+
+
+@pytest.mark.parametrize(('state', 'case'), [('pretrain', 'img2_pad'), ('pretrain', 'text_only'),
+                                             ('pretrain', 'two_images'), ('merged', 'img2_pad')])
+def test_logits_of_the_original_vora_code(state, case):
+    """The numbers of test_vora_golden.py, from the original's own tensors: only their names differ from ours."""
+    from vora_jax.convert.torch_model.modeling_vora_jax import VoraJaxConfig, VoraJaxForCausalLM
+    cases, report = load_file(GOLDEN / 'cases.safetensors'), json.loads((GOLDEN / 'report.json').read_text())
+    tensors = load_file(GOLDEN / f'state_{state}.safetensors')
+    found = recognise(report['config'], {name: x.shape for name, x in tensors.items()}, teacher_heads=4)
+    method = getattr(variants, found.method)(**found.arguments)
+    own = own_config(method.stage(found.stage).model, method.vision_tokens, Prompting('', 0))
+    config = VoraJaxConfig(**own, image_token_id=-200)
+    torch_model = VoraJaxForCausalLM(config).eval()
+    torch_model.load_state_dict({re.sub(r'(lora_[AB])', r'\1.0', name.removeprefix('llm.')): torch.from_numpy(x)
+                                 for name, x in tensors.items() if not name.startswith('aux_vision.')})
+    frames = iter(cases[f'{case}/frames'])
+    ids, labels, pixels, grids = [], [], [], []
+    for row, mask in enumerate(cases[f'{case}/attention_mask'] > 0):
+        row_ids, row_labels = (cases[f'{case}/{name}'][row][mask] for name in ('input_ids', 'labels'))
+        repeats = np.where(row_ids == -200, 16, 1)  # of 4 x 4 patches
+        ids.append(torch.from_numpy(row_ids.repeat(repeats)).long())
+        labels.append(torch.from_numpy(row_labels.repeat(repeats)).long())
+        pictures = [patchify(next(frames).transpose(1, 2, 0), 14) for token in row_ids if token == -200]
+        pixels.append(torch.from_numpy(np.concatenate([np.zeros((0, 588), np.float32), *pictures])))
+        grids.append(torch.full((len(pictures), 2), 4))
+    pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+    mask = pad([torch.ones_like(row) for row in ids])
+    with torch.no_grad():
+        out = torch_model(pad(ids), mask, pad(pixels), pad(grids), labels=pad(labels, padding_value=-100))
+    golden = cases[f'{case}/logits' if state == 'pretrain' else f'{state}/{case}/logits']
+    assert np.abs(out.logits.numpy() - golden)[mask.bool().numpy()].max() < 1e-5  # measured 2e-6
+    if state == 'pretrain':
+        assert abs(out.loss.item() - report['meta'][case]['metrics']['llm_loss']) < 1e-5
 
 
 @pytest.mark.parametrize('kind', ['clip', 'dino', 'siglip', 'aimv2'])
@@ -226,7 +267,7 @@ def test_misuse_is_told(exported):
 
 
 POLICIES = [ImagePolicy(24), ImagePolicy(40, 20), ImagePolicy(kind='square_pad', side=12, color=(9, 99, 200)),
-            ImagePolicy(kind='square_crop', side=12)]
+            ImagePolicy(kind='square_crop', side=12), ImagePolicy(kind='square_stretch', side=12)]
 
 
 @pytest.mark.parametrize('policy', POLICIES)

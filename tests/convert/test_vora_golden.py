@@ -1,7 +1,8 @@
 """The original VoRA code's numbers, from its own weights.
 
 Computed once by Hon-Wong/VoRA at f138756 (torch 2.13, transformers 4.50.3, CPU, float32) on tiny random weights. Left out
-on purpose: what padding slots see (there they see all real keys, here none) and compute.
+on purpose: what padding slots see (there they see all real keys, here none) and compute. `adjacent` has pictures with no
+text between them, `small_wide` pictures of 2 x 6 patches: both show a quirk each.
 """
 import json
 import pathlib
@@ -31,8 +32,8 @@ from vora_jax.training.losses import objective, totals
 from vora_jax.types import Params
 
 HERE = pathlib.Path(__file__).parent / 'vora_golden'
-IMAGE, IGNORED, PATCH, SIDE = -200, -100, 14, 56
-CASES = ('img2_pad', 'text_only', 'two_images')
+IMAGE, IGNORED, PATCH = -200, -100, 14
+CASES = ('img2_pad', 'text_only', 'two_images', 'adjacent', 'small_wide')
 # The teacher's number of heads stands in its own config.json, which a VoRA checkpoint does not hold.
 TEACHER_HEADS = 4
 
@@ -67,14 +68,15 @@ def imported(golden):
 def batch_of(case, cases, rule):
     """The case's samples as rows of our own packing, at the case's length."""
     ids, labels, mask = (cases[f'{case}/{name}'] for name in ('input_ids', 'labels', 'attention_mask'))
+    grid = tuple(side // PATCH for side in cases[f'{case}/frames'].shape[2:])
     frames, rows, length = iter(cases[f'{case}/frames']), [], cases[f'{case}/targets'].shape[1]
-    budgets = Budgets(length, 2 * (SIDE // PATCH)**2, 2, 3 * PATCH**2, 'float32')
+    budgets = Budgets(length, 3 * grid[0] * grid[1], 3, 3 * PATCH**2, 'float32')
     for row in range(len(ids)):
         segment = []
         for token, label in zip(ids[row][mask[row] > 0].tolist(), labels[row][mask[row] > 0].tolist()):
             if token == IMAGE:
                 pixels = patchify(next(frames).transpose(1, 2, 0), PATCH)
-                segment.append(Picture(pixels, SIDE // PATCH, SIDE // PATCH))
+                segment.append(Picture(pixels, *grid))
             else:
                 segment.append(Text([token], label != IGNORED))
         rows.append(layout([segment], budgets, rule=rule))

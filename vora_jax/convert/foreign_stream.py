@@ -1,7 +1,7 @@
 """Our parameters as foreign tensors, one at a time.
 
-As `name_map.to_foreign`, with parameters that are computed layer by layer, one compiled conversion for each shape, and a
-check of every value.
+As `name_map.to_foreign`, with parameters that are computed layer by layer, and a check of every value. What is computed,
+cast or reshaped is so on the device, one compiled conversion for each shape.
 """
 import dataclasses
 import functools
@@ -13,7 +13,8 @@ import numpy as np
 
 from vora_jax.convert.export_plan import Part
 from vora_jax.convert.exportable import Leaf
-from vora_jax.convert.layouts import SAME, Layout
+from vora_jax.convert.host_arrays import Scratch, is_finite, transposed
+from vora_jax.convert.layouts import SAME, TRANSPOSED, Layout
 from vora_jax.convert.lazy_arrays import FoldedKernel, part
 from vora_jax.convert.mismatch import name_list
 from vora_jax.convert.name_map import Entry, entries
@@ -27,7 +28,7 @@ def tensor_infos(content: Part, dtype: str) -> list[Info]:
 
 
 def stream(content: Part, dtype: str, losses: 'Losses | None' = None) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, C-contiguous array) of every tensor, one at a time.
+    """(name, C-contiguous array) of every tensor, one at a time: the next one may take its memory.
 
     After the first value that is not finite nothing more is given: the rest is only checked, to name them all.
 
@@ -38,10 +39,10 @@ def stream(content: Part, dtype: str, losses: 'Losses | None' = None) -> Iterato
         UserError: names the tensors with NaN or infinity, in the checkpoint or only as `dtype`; or parameters without a
             foreign name.
     """
-    bad: list[str] = []
+    bad, scratch = [], Scratch()
     for name, pieces in _tensors(content):
         sources = tuple(part(content.params[entry.path], entry.layer) for entry in pieces)
-        whole, finite = _converted(sources, tuple(piece.layout for piece in pieces), dtype)
+        whole, finite = _converted(sources, tuple(piece.layout for piece in pieces), dtype, scratch)
         if losses is not None:
             losses.add(name, content.params[pieces[0].path], pieces[0], sources)
         del sources
@@ -72,12 +73,13 @@ def _whole_shape(pieces: Sequence[Entry]) -> tuple[int, ...]:
     return (*shape[:axis], last.start + shape[axis], *shape[axis + 1:]) if shape else shape
 
 
-def _converted(sources: tuple[Array, ...], layouts: tuple[Layout, ...], dtype: str) -> tuple[np.ndarray, bool]:
+def _converted(sources: tuple[Array, ...], layouts: tuple[Layout, ...], dtype: str,
+               scratch: Scratch) -> tuple[np.ndarray, bool]:
     """(the foreign tensor, whether all of it is finite)."""
     source = sources[0]
-    if layouts == (SAME,) and source.dtype == jnp.dtype(dtype):
-        return np.ascontiguousarray(np.asarray(source)), bool(_finite(source))
-    # The layout changes on the device, where a transpose is a fraction of NumPy's time.
+    if isinstance(source, np.ndarray) and source.dtype == jnp.dtype(dtype) and layouts in ((SAME,), (TRANSPOSED,)):
+        source = np.ascontiguousarray(source)
+        return source if layouts == (SAME,) else transposed(source, scratch), is_finite(source)
     whole, finite = _convert(sources, layouts, jnp.dtype(dtype))
     return np.asarray(whole), bool(finite)
 
@@ -86,16 +88,7 @@ def _converted(sources: tuple[Array, ...], layouts: tuple[Layout, ...], dtype: s
 def _convert(sources: tuple[jax.Array, ...], layouts: tuple[Layout, ...], dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
     pieces = [layout.export(source.astype(dtype)) for source, layout in zip(sources, layouts, strict=True)]
     whole = pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, axis=layouts[0].axis)
-    return whole, jnp.stack([_all_finite(source.astype(dtype)) for source in sources]).all()
-
-
-@jax.jit
-def _finite(source: jax.Array) -> jax.Array:
-    return _all_finite(source)
-
-
-def _all_finite(x: jax.Array) -> jax.Array:
-    return jnp.isfinite(x).all()
+    return whole, jnp.stack([jnp.isfinite(source.astype(dtype)).all() for source in sources]).all()
 
 
 @dataclasses.dataclass

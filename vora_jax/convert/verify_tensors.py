@@ -68,7 +68,7 @@ def compare_tensors(plan: Plan, dtype: str, folder: pathlib.Path, found: Compari
                     _note_worst(found, where + name, problem)
                     fits = fits and problem != 'form'
                 if keep:
-                    kept[name] = array
+                    kept[name] = np.array(array)
         for names, kind in ((lacking, 'are not in the folder'), ([where + name for name in sorted(unused)],
                                                                  'are not in the checkpoint'), (different, 'differ')):
             if names:
