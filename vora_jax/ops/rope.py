@@ -55,6 +55,9 @@ def scaled_frequencies(frequencies: jax.Array, scaling: RopeScaling) -> jax.Arra
 def apply_rope(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Rotates `x: f[B, S, heads, head_dim]`; pairs are (i, i + head_dim / 2) as in Llama and Qwen checkpoints."""
     cos, sin = (a[:, :, None, :] for a in angles)
+    # Not fused with what makes x (biases, adapters, switches): compilers then contract these products in other ways, and a
+    # model with its adapters off would differ from the plain one in the last bit (XLA of jax 0.12 on CPUs).
+    x = jax.lax.optimization_barrier(x)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x.dtype)
