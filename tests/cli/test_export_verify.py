@@ -1,37 +1,20 @@
 """`vora merge`, `export` and `verify` on tiny checkpoints."""
 import json
+import os
 import pathlib
+import signal
+import subprocess
+import sys
+import textwrap
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 import tiny_pictures
+from export_checkpoints import ADAPTED, CLIP, TAGGER, write
 
 from vora_jax.cli import gin_config
 from vora_jax.cli.main import main
-from vora_jax.convert.exportable import smallest_batch
-from vora_jax.params import flatten, unflatten
-from vora_jax.training.checkpoint import open_checkpoint, write_checkpoint
-
-TAGGER = '\n'.join(line for line in tiny_pictures.CONFIG.replace('@vora()', '@image_tagger()').splitlines()
-                   if not line.startswith(('LanguageModel', 'vora'))) + '\nimage_tagger.vocab_size = 300\n'
-
-
-def write(folder: pathlib.Path, name: str, config_text: str) -> str:
-    """A checkpoint of random weights; adapters are random too."""
-    config, text = tiny_pictures.config(folder, config_text)
-    model = config.method.stage(config.stage).model
-    rng = np.random.default_rng(0)
-    if hasattr(model, 'llm'):
-        shapes = flatten(nn.unbox(jax.eval_shape(model.init, jax.random.key(0), smallest_batch(model))['params']))
-    else:
-        shapes = {'head': jnp.zeros((12, 300))}
-    params = unflatten({path: jnp.asarray(rng.normal(size=leaf.shape) * 0.3, jnp.float32)
-                        for path, leaf in shapes.items()})
-    write_checkpoint(folder / name, params, text, str(folder / 'tokenizer'), origin='test')
-    return str(folder / name)
+from vora_jax.params import flatten
+from vora_jax.training.checkpoint import open_checkpoint
 
 
 @pytest.fixture(scope='module')
@@ -49,7 +32,8 @@ def test_merge_export_verify(folder, adapted, capsys):
     merged = str(folder / 'merged')
     assert main(['merge', adapted, '--to', merged]) == 0
     told = capsys.readouterr().out
-    assert '14 adapters folded' in told and 'largest change of a weight' in told and 'layer' in told
+    assert '14 adapters folded; largest change of a weight' in told and 'model.layers.' in told
+    assert 'rounding weights to bfloat16 changes them by at most' in told and 'logits of the probe prompts' in told
     config, _ = gin_config.load('Train', texts=[open_checkpoint(merged).config_text])
     assert config.stage == 'finetune' and 'adapter' not in ' '.join(flatten(open_checkpoint(merged).params))
 
@@ -65,6 +49,8 @@ def test_merge_export_verify(folder, adapted, capsys):
         assert found['num_prompts'] == 5 == found['same_answers'] + found['near_ties']
         assert found['max_abs_logit_diff'] <= 1e-4 and found['tensors'] > 20
 
+    assert main(['verify', merged, out, '--data', str(folder / 'gone.jsonl')]) == 2
+    assert 'gone.jsonl' in capsys.readouterr().err
     # The folders are each other's twins in what they compute, not in what they hold.
     assert main(['verify', merged, str(folder / 'out_adapted'), '--num', '2', '--max-new-tokens', '2']) == 1
     assert 'tensors that are not in the checkpoint (28): model.layers.0' in capsys.readouterr().err
@@ -84,12 +70,15 @@ def test_bad_input_is_one_sentence(folder, adapted, capsys):
     text = write(folder, 'plain', tiny_pictures.TEXT_CONFIG)
     vision = write(folder, 'vision', tiny_pictures.CONFIG + "vora.scope = 'vision'\n")
     for arguments, message in (
-        (['export', tagger, '--to', str(folder / 'no')], 'does not generate text'),
+        (['export', tagger, '--to', str(folder / 'no'), '--layout', 'own'], 'does not generate text'),
+        (['export', text, '--to', str(folder / 'no'), '--layout', 'llava'], 'needs a vision encoder'),
+        (['export', text, '--to', str(folder / 'no'), '--merge'], 'has no adapters to merge'),
+        (['export', text, '--to', str(folder / 'no'), '--max-shard-gb', '0'], '--max-shard-gb is 0'),
+        (['verify', text, str(folder / 'gone')], 'gone is not a folder that `vora export` wrote'),
         (['export', str(folder / 'nothing'), '--to', str(folder / 'no')], 'nothing does not exist'),
         (['export', adapted, '--to', str(folder / 'images')], 'exists already'),
         (['verify', adapted, str(folder / 'images')], 'is not a folder that `vora export` wrote'),
         (['verify', adapted, str(folder / 'images'), '--num', '0'], '--num is 0'),
-        (['verify', adapted, str(folder / 'images'), '--data', str(folder / 'gone.jsonl')], 'gone.jsonl'),
         (['merge', text, '--to', str(folder / 'no')], "'pretrain' of language_model, which has nothing to merge"),
         (['merge', vision, '--to', str(folder / 'no')], "scope 'vision' cannot be folded"),
         (['merge', adapted, '--to', adapted], 'already holds a run'),
@@ -98,3 +87,57 @@ def test_bad_input_is_one_sentence(folder, adapted, capsys):
         told = capsys.readouterr()
         assert message in told.err and told.err.startswith('vora: ') and told.err.count('\n') == 1, told.err
     assert not (folder / 'no').exists()
+
+
+@pytest.mark.parametrize(('name', 'config', 'layout', 'more'), [
+    ('layouts_adapted', ADAPTED, 'vora', ()), ('layouts_adapted', ADAPTED, 'peft', ()),
+    ('layouts_adapted', ADAPTED, 'llm', ('--dtype', 'bfloat16')), ('layouts_clip', CLIP, 'llava', ()),
+    ('layouts_tagger', TAGGER.replace('PatchEmbed.width', 'PatchEmbed.norm_eps = 1e-5\nPatchEmbed.width'), None, ())])
+def test_every_layout(name, config, layout, more, folder, capsys):
+    pytest.importorskip('torch', reason="needs pip install 'vora_jax[torch]'")
+    if layout == 'peft':
+        pytest.importorskip('peft', reason='needs pip install peft')
+    checkpoint = str(folder / name) if (folder / name).exists() else write(folder, name, config)
+    out, result = str(folder / f'out_{name}_{layout}'), folder / 'export.json'
+    chosen = ['--layout', layout] if layout else []
+    assert main(['export', checkpoint, '--to', out, *chosen, *more, '--json', str(result)]) == 0
+    told = capsys.readouterr().out
+    done = json.loads(result.read_text())
+    assert done['layout'] == (layout or 'encoder') and {'open', 'weights', 'compiling'} <= done['seconds'].keys()
+    assert f'layout {done["layout"]}, {done["num_parameters"]:,} parameters' in told
+    assert ('adapters folded' in told) == ('of the probe prompts' in told) == (layout == 'llm')
+    code = main(['verify', checkpoint, out, '--num', '3', '--max-new-tokens', '3'])
+    told = capsys.readouterr()
+    assert (code, told.out.splitlines()[-1]) == (0, 'equal'), told
+    expected = 'largest difference of features' if layout is None else '3 prompts: largest logit difference'
+    assert expected in told.out
+    assert 'configuration: `vora_config.gin`' in (pathlib.Path(out) / 'README.md').read_text()
+    # It is an export, so it may be replaced; by another layout too.
+    assert main(['export', checkpoint, '--to', out, *chosen]) == 2
+    assert 'exists already; choose another folder or pass --overwrite' in capsys.readouterr().err
+    assert main(['export', checkpoint, '--to', out, *chosen, '--overwrite']) == 0
+
+
+def test_killed_while_writing(folder, adapted, capsys):
+    """kill -9 leaves nothing under the final name, and the next try works and clears up."""
+    out = folder / 'out_killed'
+    script = f'''
+        import os, signal
+        from vora_jax.convert import to_hf
+        from vora_jax.cli.main import main
+        stream = to_hf.stream
+
+        def killing(*arguments):
+            for number, item in enumerate(stream(*arguments)):
+                if number == 5:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                yield item
+
+        to_hf.stream = killing
+        main(['export', {adapted!r}, '--to', {str(out)!r}])
+    '''
+    ended = subprocess.run([sys.executable, '-c', textwrap.dedent(script)], capture_output=True, env=dict(os.environ))
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    assert not out.exists() and list(folder.glob('.out_killed.*'))
+    assert main(['export', adapted, '--to', str(out)]) == 0
+    assert (out / 'config.json').is_file() and not list(folder.glob('.out_killed.*'))

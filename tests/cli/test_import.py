@@ -12,13 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_folder
+import tiny_run
 from orbax.checkpoint.experimental import v1 as ocp
 
 from vora_jax.cli import gin_config, import_
 from vora_jax.cli import main as cli
 from vora_jax.data.tokenizer import train_sentencepiece
 from vora_jax.params import flatten
-from vora_jax.training import checkpoint, init_from
+from vora_jax.training import checkpoint, init_from, state
 from vora_jax.training.checkpoint import open_checkpoint
 from vora_jax.types import UserError
 
@@ -41,6 +42,22 @@ def tokenizer(tmp_path_factory):
 
 def run(folder, to, *more):
     return cli.main(['import', str(folder), '--to', str(to), *more])
+
+
+def test_a_run_starts_from_an_imported_language_model(tmp_path):
+    wanted = tiny_folder.write_folder(tmp_path / 'hf', 'qwen2', 'float16')
+    assert run(tmp_path / 'hf', tmp_path / 'w') == 0
+    arguments = {'llm': tiny_folder.found('qwen2').arguments['llm'], 'patch_embed': tiny_run.EMBED,
+                 'teacher': tiny_run.VIT, 'rank': 2, 'num_adapted_layers': 2}  # other layer groups than the language model's
+    shapes = import_.parameter_targets(import_.variants.vora(**arguments), 'pretrain')
+    taken = init_from.take([str(tmp_path / 'w')], shapes)
+    assert set(shapes) - set(taken) == {path for path in shapes if 'decoder/' not in path or '/side/' in path
+                                        or '/adapter_' in path}
+    path = 'decoder/layers/group_{}/block/q_proj/kernel'
+    whole = np.concatenate([taken[path.format(group)] for group in range(3) if path.format(group) in taken])
+    assert (whole == wanted[path.format(0)]).all()
+    placed = state.place(taken['decoder/embedding'], shapes['decoder/embedding'])
+    assert placed.dtype == jnp.float32 and (np.asarray(placed) == wanted['decoder/embedding']).all()
 
 
 def refused(folder, to, capsys, *more):
@@ -89,6 +106,7 @@ def test_a_language_model_is_imported_and_answers(tmp_path, capsys, tokenizer, n
 @pytest.mark.parametrize('name', ['aimv2', 'clip'])
 def test_an_encoder_needs_no_tokenizer_and_becomes_a_teacher(tmp_path, capsys, name):
     wanted = tiny_folder.write_folder(tmp_path / 'hf', name)
+    (tmp_path / 'hf/tokenizer.json').write_text('of the text side')
     assert run(tmp_path / 'hf', tmp_path / 'w') == 0
     out = capsys.readouterr().out
     assert f'--init-from teacher={tmp_path / "w"}:encoder' in out and 'chat template' not in out

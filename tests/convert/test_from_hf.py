@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from vora_jax import variants
-from vora_jax.cli.import_ import _targets
+from vora_jax.cli.import_ import parameter_targets
 from vora_jax.convert import from_hf, name_map
 from vora_jax.convert.layouts import TRANSPOSED
 from vora_jax.convert.name_map import Entry
@@ -19,7 +19,7 @@ from vora_jax.types import UserError
 def load(folder, name, **options):
     found = tiny_folder.found(name)
     method = getattr(variants, found.method)(**found.arguments)
-    targets = _targets(method, found.stage)
+    targets = parameter_targets(method, found.stage)
     with open_folder(folder) as opened:
         entries = name_map.entries({path: leaf.shape for path, leaf in targets.items()}, found.table)
         given = {key: info.shape for key, info in opened.tensors.items()}

@@ -1,6 +1,5 @@
 """Exported folders: complete, atomic, honest errors."""
 import json
-import pathlib
 
 import numpy as np
 import pytest
@@ -10,7 +9,7 @@ from tiny_models import make_model, make_tokenizer, prompting
 from vora_jax.convert.exportable import exportable
 from vora_jax.convert.name_map import from_foreign
 from vora_jax.convert.own_layout import OWN
-from vora_jax.convert.to_hf import export
+from vora_jax.convert.to_hf import Provenance, export
 from vora_jax.types import UserError
 from vora_jax.vision.token_classifier import TokenClassifier
 from vora_jax.vision.vit import Vit
@@ -23,10 +22,13 @@ def tokenizer(tmp_path_factory):
 
 def test_the_folder_is_complete_and_holds_the_weights(tmp_path, tokenizer):
     params, model = make_model('all')
-    done = export(params, model, prompting(tokenizer, system='be brief'), str(tmp_path / 'out'))
+    provenance = Provenance('vora', 'pretrain', 7, ('runs/base',), 'abc123', ('data/a.jsonl',), 'Train.steps = 7')
+    done = export(params, model, prompting(tokenizer, system='be brief'), str(tmp_path / 'out'), provenance=provenance)
     assert sorted(path.name for path in (tmp_path / 'out').iterdir()) == [
-        'README.md', 'chat_template.jinja', 'config.json', 'generation_config.json', 'model.safetensors',
-        'modeling_vora_jax.py', 'tokenizer.json', 'tokenizer.model', 'tokenizer_config.json']
+        'README.md', 'block_vora_jax.py', 'chat_template.jinja', 'config.json', 'configuration_vora_jax.py',
+        'generation_config.json', 'model.safetensors', 'modeling_vora_jax.py', 'processing_vora_jax.py',
+        'special_tokens_map.json', 'tokenizer.json', 'tokenizer.model', 'tokenizer_config.json', 'vision_vora_jax.py',
+        'vora_config.gin', 'vora_export.json']
     assert [path.name for path in tmp_path.iterdir()] == ['out']
     assert done.dropped == ('the distillation heads', 'the teacher')
     tensors = load_file(tmp_path / 'out' / 'model.safetensors')
@@ -36,8 +38,14 @@ def test_the_folder_is_complete_and_holds_the_weights(tmp_path, tokenizer):
     for path, leaf in from_foreign(tensors, what.shapes, OWN).items():
         np.testing.assert_array_equal(leaf, what.params[path])
     config = json.loads((tmp_path / 'out' / 'config.json').read_text())
-    assert config['vision']['max_patches'] == 24 and config['rope_parameters']['rope_theta'] == 1e4
-    assert "model.answer(tokenizer, Image.open('picture.png')" in (tmp_path / 'out' / 'README.md').read_text()
+    assert config['image_policy']['max_patches'] == 24
+    card = (tmp_path / 'out' / 'README.md').read_text()
+    for line in ("print(model.answer(tokenizer, Image.open('picture.png'), 'your question'))", '- runs/base',
+                 '- method: vora', '- hash of the data: abc123', '- data: data/a.jsonl', '- step: 7',
+                 '- configuration: `vora_config.gin`'):
+        assert line in card.splitlines(), card
+    assert (tmp_path / 'out' / 'vora_config.gin').read_text() == 'Train.steps = 7'
+    assert set(done.seconds) == {'check', 'tokenizer', 'weights', 'report', 'finish'}
 
 
 def test_shards_and_dtype(tmp_path, tokenizer):
@@ -86,16 +94,13 @@ def test_a_failed_export_leaves_nothing(tmp_path, tokenizer, monkeypatch):
 
 def test_what_cannot_be_exported_is_told(tmp_path, tokenizer):
     params, model = make_model('text_only')
-    with pytest.raises(UserError, match='a TokenClassifier is no language model'):
-        export(params, TokenClassifier(Vit(), 300), prompting(tokenizer), str(tmp_path / 'out'))
+    with pytest.raises(UserError, match='a TokenClassifier does not generate text, so it has no layout `own`'):
+        export(params, TokenClassifier(Vit(), 300), prompting(tokenizer), str(tmp_path / 'out'), layout='own')
+    with pytest.raises(UserError, match="dtype 'int8' is unknown"):
+        export(params, model, prompting(tokenizer), str(tmp_path / 'out'), dtype='int8')
     with pytest.raises(UserError, match='the checkpoint does not fit the model: it misses decoder/norm/scale'):
         export({'decoder': {k: v for k, v in params['decoder'].items() if k != 'norm'}}, model, prompting(tokenizer),
                str(tmp_path / 'out'))
-    with pytest.raises(UserError, match='holds no tokenizer.model'):
+    with pytest.raises(UserError, match='holds no tokenizer.model, tokenizer.json'):
         export(params, model, prompting(str(tmp_path)), str(tmp_path / 'out'))
     assert list(tmp_path.iterdir()) == []
-
-
-def test_the_shipped_code_is_one_file():
-    folder = pathlib.Path(__file__).parents[2] / 'vora_jax' / 'convert' / 'torch_model'
-    assert {path.name for path in folder.glob('*.py')} == {'__init__.py', 'modeling_vora_jax.py'}

@@ -1,7 +1,6 @@
 """`vora import`: a Hugging Face folder as a checkpoint."""
 import argparse
 import json
-import logging
 import pathlib
 import signal
 import tempfile
@@ -54,16 +53,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Writes the checkpoint; 0 on success. UserError on bad input."""
-    logging.getLogger('absl').setLevel(logging.CRITICAL)  # Orbax's threads log tracebacks of what is told in a sentence
     with join_processes():
         # JAX keeps SIGTERM for a last checkpoint, but a half-done import is worth none.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         done = import_folder(pathlib.Path(args.folder), args.to, None if args.dtype == 'keep' else args.dtype,
                              args.template, args.teacher_heads)
         if jax.process_index() == 0:
-            if args.json:
-                pathlib.Path(args.json).write_text(json.dumps(done, indent=1) + '\n', encoding='utf-8')
             print(_report(done))
+            if args.json:
+                _write_json(args.json, done)
     return 0
 
 
@@ -81,12 +79,13 @@ def import_folder(source: pathlib.Path, to: str, dtype: str | None = None, templ
         given = {name: info.shape for name, info in folder.tensors.items()}
         found = recognise(config, given, _preprocessor(source), teacher_heads=teacher_heads,
                           where=str(source / 'config.json'))
-        has_tokenizer = copy_tokenizer_files(source, pathlib.Path(tokenizer))
+        # The tokenizer beside an encoder is that of its text side.
+        has_tokenizer = found.method != 'image_encoder' and copy_tokenizer_files(source, pathlib.Path(tokenizer))
         guess = Guess(asked, 'as asked') if asked else Guess('chatml', 'of no use without a tokenizer')
         if has_tokenizer and not asked:
             guess = guess_template(pathlib.Path(tokenizer), found.hints.get('template'))
         run_config, text = _configure(found, str(pathlib.Path(to) / 'tokenizer') if has_tokenizer else '', guess)
-        targets = _targets(run_config.method, run_config.stage)
+        targets = parameter_targets(run_config.method, run_config.stage)
         entries = name_map.entries({path: leaf.shape for path, leaf in targets.items()}, found.table)
         names, ignored = name_map.match_names(entries, given, found.table, str(source))
         aliases = name_map.alias_pairs(entries, given, found.table)
@@ -153,7 +152,7 @@ def _configure(found: Recognised, tokenizer: str, guess: Guess) -> tuple[Train, 
     return config_text(found.method, found.stage, found.arguments, data)
 
 
-def _targets(method: Method, stage: str) -> dict[str, jax.ShapeDtypeStruct]:
+def parameter_targets(method: Method, stage: str) -> dict[str, jax.ShapeDtypeStruct]:
     """{path: shape and sharding} of all parameters, over as many devices as divide them."""
     model, rule = method.stage(stage).model, method.vision_tokens
     batch = fake_batch(1, 8, 4, rule.patch_size if rule else 1, 8, 1, seed=0, text_only=rule is None)
@@ -167,6 +166,13 @@ def _targets(method: Method, stage: str) -> dict[str, jax.ShapeDtypeStruct]:
             if number == 1 or jax.process_count() > 1:
                 raise
     return {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places[path]) for path, leaf in shapes.items()}
+
+
+def _write_json(file: str, done: dict[str, Any]) -> None:
+    try:
+        pathlib.Path(file).write_text(json.dumps(done, indent=1) + '\n', encoding='utf-8')
+    except OSError as error:
+        raise UserError(f'--json: {file} cannot be written ({error.strerror}), but the import is done.') from error
 
 
 def _report(done: dict[str, Any]) -> str:

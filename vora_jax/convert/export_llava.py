@@ -106,6 +106,8 @@ def _preprocessor(request: Request, embed: PatchEmbed) -> tuple[dict[str, Any], 
             return config, []
         return config, [f'Pictures are padded with the colour {stock}, as LLaVA does it; in training with '
                         f'{tuple(prompting.color)}.']
+    if prompting.image_kind == 'square_stretch' and prompting.side == side:
+        return preprocessor(embed, 'siglip_vision_model') | {'processor_class': 'LlavaProcessor'}, []
     if prompting.image_kind == 'square_crop' and prompting.side == side:
         return config, []
     kind = 'of their own shape' if prompting.image_kind == 'native' else f'of {prompting.side} pixels a side'

@@ -133,9 +133,9 @@ def _differences(request: Request) -> list[str]:
                      f'model\'s {model.llm.norm_eps:g}.')
     if rule is not None and not rule.join_adjacent:
         notes.append('Pictures with no text between them: VoRA\'s code lets them see each other, this model does not.')
-    if prompting.image_kind == 'native':
-        notes.append(f'preprocessor_config.json brings every picture to {side} x {side} pixels; this model was run on '
-                     'pictures of their own shape.')
+    if prompting.image_kind != 'square_crop' or prompting.side != side:
+        notes.append(f'preprocessor_config.json cuts a square of {side} x {side} pixels out of every picture; this model '
+                     f'was run on pictures of the kind {prompting.image_kind!r}.')
     return notes
 
 

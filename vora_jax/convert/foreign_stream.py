@@ -3,8 +3,10 @@
 As `name_map.to_foreign`, with parameters that are computed layer by layer, and a check of every value. What is computed,
 cast or reshaped is so on the device, one compiled conversion for each shape.
 """
+import concurrent.futures
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -28,7 +30,7 @@ def tensor_infos(content: Part, dtype: str) -> list[Info]:
 
 
 def stream(content: Part, dtype: str, losses: 'Losses | None' = None) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, C-contiguous array) of every tensor, one at a time: the next one may take its memory.
+    """(name, C-contiguous array) of every tensor, one at a time: the next but one may take its memory.
 
     After the first value that is not finite nothing more is given: the rest is only checked, to name them all.
 
@@ -39,10 +41,10 @@ def stream(content: Part, dtype: str, losses: 'Losses | None' = None) -> Iterato
         UserError: names the tensors with NaN or infinity, in the checkpoint or only as `dtype`; or parameters without a
             foreign name.
     """
-    bad, scratch = [], Scratch()
+    bad, scratches = [], itertools.cycle((Scratch(), Scratch()))
     for name, pieces in _tensors(content):
         sources = tuple(part(content.params[entry.path], entry.layer) for entry in pieces)
-        whole, finite = _converted(sources, tuple(piece.layout for piece in pieces), dtype, scratch)
+        whole, finite = _converted(sources, tuple(piece.layout for piece in pieces), dtype, next(scratches))
         if losses is not None:
             losses.add(name, content.params[pieces[0].path], pieces[0], sources)
         del sources
@@ -54,6 +56,16 @@ def stream(content: Part, dtype: str, losses: 'Losses | None' = None) -> Iterato
     if bad:
         raise UserError(f'the checkpoint\'s weights hold NaN or infinity as {dtype}: {name_list(bad)}; take an earlier '
                         'step, or another --dtype if they are only too large for this one.')
+
+
+def ahead(tensors: Iterator[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
+    """The same; while one is in use (written to a disk, say), a thread makes the next."""
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        following = thread.submit(next, tensors, None)
+        while (tensor := following.result()) is not None:
+            following = thread.submit(next, tensors, None)
+            yield tensor
+            del tensor  # so that no more than two exist
 
 
 def _tensors(content: Part) -> Iterator[tuple[str, list[Entry]]]:

@@ -66,7 +66,10 @@ def _dispatch(config: Config, tensors: Shapes, preprocessor: Config | None, teac
         return _vora(config, tensors, preprocessor, teacher_heads, where)
     if kind == own_layout.MODEL_TYPE:
         method, stage, arguments = own_layout.model_arguments(dict(config))
-        return Recognised(kind, method, stage, arguments, own_layout.OWN, _hints(config, None))
+        hints, policy = _hints(config, None), config.get('image_policy')
+        if policy:
+            hints['image'] = {name: tuple(value) if isinstance(value, list) else value for name, value in policy.items()}
+        return Recognised(kind, method, stage, arguments, own_layout.OWN, hints)
     if kind == 'llava':
         return _llava(config, preprocessor, where)
     if kind in LLM_FAMILIES:

@@ -12,7 +12,7 @@ from typing import Any
 from vora_jax.batch import Batch
 from vora_jax.convert.export_layouts import choose_layout, plan_of, select
 from vora_jax.convert.export_plan import Part, Plan, Provenance, Request
-from vora_jax.convert.foreign_stream import Losses, stream, tensor_infos
+from vora_jax.convert.foreign_stream import Losses, ahead, stream, tensor_infos
 from vora_jax.convert.merge_report import MergeReport, logit_difference, make_report
 from vora_jax.convert.model_card import CONFIG_FILE, model_card
 from vora_jax.convert.new_folder import new_folder
@@ -103,7 +103,7 @@ def export(params: Params, model: Any, prompting: Prompting, folder: str, *, rul
                 _write_tokenizer(request, layout, template, target)
             _write_files(part, target)
             most = max_shard_bytes if part.stem == 'model' else counts[2] + 1  # PEFT reads one file only
-            write_shards(target, stream(part, dtype, losses), tensor_infos(part, dtype), most, part.stem,
+            write_shards(target, ahead(stream(part, dtype, losses)), tensor_infos(part, dtype), most, part.stem,
                          lambda count: on_bytes(count, counts[2]))
         clock('weights')
         report = None

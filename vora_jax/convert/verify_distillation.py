@@ -67,8 +67,8 @@ def _heads(params: Params, model: VisionLanguageModel) -> list[dict[str, np.ndar
     for index, group in enumerate(model.groups):
         if group.side:
             side = params['decoder']['layers'][f'group_{index}']['side']
-            found += [{'scale': np.asarray(side['norm']['scale'][layer], np.float32),
-                       'kernel': np.asarray(side['kernel'][layer], np.float32)} for layer in range(group.num_layers)]
+            found += [{'scale': np.array(side['norm']['scale'][layer], np.float32),
+                       'kernel': np.array(side['kernel'][layer], np.float32)} for layer in range(group.num_layers)]
     return found
 
 

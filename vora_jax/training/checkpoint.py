@@ -21,6 +21,7 @@ from orbax.checkpoint.experimental import v1 as ocp
 from vora_jax.data.tokenizer import fingerprint, tokenizer_files
 from vora_jax.params import combine
 from vora_jax.training import checksum
+from vora_jax.training.orbax_options import orbax_options, quiet
 from vora_jax.training.record import Record, read_record
 from vora_jax.types import Params, UserError
 
@@ -116,7 +117,7 @@ def write_checkpoint(
     folder = step_folder(workdir, step)
     stored, arrays = dataclasses.asdict(Record(step, config_text, origin=origin)), {'trainable': params}
     try:
-        with orbax_options():
+        with orbax_options(one_file=False), quiet():
             ocp.save_checkpointables(folder.absolute(), arrays, custom_metadata=stored, overwrite=True)
         if jax.process_index() == 0:
             checksum.commit(folder)
@@ -215,15 +216,6 @@ def restore(folder: pathlib.Path, shapes: dict[str, Any]) -> dict[str, Any]:
     except Exception as error:  # Orbax wraps the telling message in others
         reason = str(error.__cause__ or error).splitlines()[0]
         raise UserError(f'{folder} does not hold what this configuration needs: {reason}') from error
-
-
-def orbax_options() -> ocp.Context:
-    """How this package saves."""
-    context = ocp.Context()
-    context.array.saving.use_compression = False  # eight times the time for 8 % of the size
-    # A folder that cannot be made fails at once; otherwise Orbax's threads wait for it for minutes.
-    context.asynchronous.create_directories_asynchronously = False
-    return context
 
 
 def load_as_numpy(folder: pathlib.Path, part: str) -> Params:
