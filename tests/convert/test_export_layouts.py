@@ -210,6 +210,7 @@ def test_the_widest_dtype_is_kept(folder, tmp_path):
     ('adapted', 'peft', {'merge': True}, 'holds adapters as they are; leave out --merge'),
     ('merged', 'own', {'merge': True}, 'has no adapters to merge; leave out --merge'),
     ('biased', 'peft', {'base': 'a/b'}, 'trained with biases that its base does not have'),
+    ('llama', 'llm', {'base': 'a/b'}, 'the layout `llm` names no base model; leave out --base'),
     ('llama', 'encoder', {}, 'the layout `encoder` is for vision encoders'),
     ('encoder_clip', 'own', {}, 'a ImageEncoder does not generate text, so it has no layout `own`; take `encoder`'),
     ('llama', 'onnx', {}, "there is no layout 'onnx'; choose one of own, vora, llava"),

@@ -83,6 +83,8 @@ def export(params: Params, model: Any, prompting: Prompting, folder: str, *, rul
         raise UserError(f'export: dtype {dtype!r} is unknown; choose one of {", ".join(DTYPES)}.')
     clock = _Clock()
     layout = choose_layout(model, layout)
+    if base and layout not in ('peft', 'vora'):
+        raise UserError(f'export: the layout `{layout}` names no base model; leave out --base.')
     what, merged = select(params, model, layout, merge)
     source, dtype = what.dtype, what.dtype if dtype == 'keep' else dtype
     narrow = dtype if dtype != 'float32' else 'bfloat16'  # of a merge in float32: what a later cast would lose
