@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from vora_jax import variants
-from vora_jax.convert.exportable import parameter_shapes
-from vora_jax.convert.name_map import to_foreign
-from vora_jax.convert.recognise import recognise
-from vora_jax.convert.safetensors_files import write_shards
+from vora_jax.convert.export.exportable import parameter_shapes
+from vora_jax.convert.families.recognise import recognise
+from vora_jax.convert.files.safetensors_files import write_shards
+from vora_jax.convert.names.name_map import to_foreign
 
 LLM = {'vocab_size': 320, 'hidden_size': 16, 'intermediate_size': 24, 'num_hidden_layers': 3, 'num_attention_heads': 4,
        'num_key_value_heads': 2, 'max_position_embeddings': 256, 'rms_norm_eps': 1e-5}

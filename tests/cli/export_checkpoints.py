@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import tiny_pictures
 
-from vora_jax.convert.exportable import smallest_batch
+from vora_jax.convert.export.exportable import smallest_batch
 from vora_jax.params import flatten, unflatten
 from vora_jax.training.checkpoint import write_checkpoint
 

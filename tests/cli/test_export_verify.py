@@ -123,7 +123,7 @@ def test_killed_while_writing(folder, adapted, capsys):
     out = folder / 'out_killed'
     script = f'''
         import os, signal
-        from vora_jax.convert import to_hf
+        from vora_jax.convert.export import to_hf
         from vora_jax.cli.main import main
         stream = to_hf.stream
 

@@ -9,7 +9,7 @@ from safetensors.numpy import load_file
 
 from vora_jax.cli import main, prepare, sample_models
 from vora_jax.cli.sample_models import SMOLLM2_135M, VIT_S14
-from vora_jax.convert.foreign_model import ForeignModel
+from vora_jax.convert.samples.foreign_model import ForeignModel
 from vora_jax.types import UserError
 
 WEIGHTS = {'a.weight': np.arange(6, dtype=np.float16).reshape(2, 3), 'b.weight': np.ones(4, np.float16)}

@@ -13,13 +13,13 @@ from tiny_layouts import SIDE, adapted, bad_value, clip, dinov2, make
 from tiny_models import TEXTS, VOCAB, make_tokenizer, prompting, random_params
 
 from vora_jax import variants
-from vora_jax.convert.exportable import exportable
+from vora_jax.convert.export.exportable import exportable
+from vora_jax.convert.export.to_hf import export, read_record
+from vora_jax.convert.families.recognise import recognise
+from vora_jax.convert.files.safetensors_files import open_folder
 from vora_jax.convert.from_hf import load
-from vora_jax.convert.name_map import entries, match_names
-from vora_jax.convert.recognise import recognise
-from vora_jax.convert.safetensors_files import open_folder
-from vora_jax.convert.to_hf import export, read_record
-from vora_jax.convert.verify import Question, verify
+from vora_jax.convert.names.name_map import entries, match_names
+from vora_jax.convert.verify.comparison import Question, verify
 from vora_jax.data.config import Data, ImagePolicy, Source
 from vora_jax.data.templates import find_template, jinja
 from vora_jax.data.tokenizer import MARKERS, load_tokenizer, train_sentencepiece

@@ -9,13 +9,13 @@ import pytest
 from tiny_layouts import make
 from tiny_models import make_questions, make_tokenizer, rows
 
-from vora_jax.convert.export_plan import Part
-from vora_jax.convert.exportable import exportable, folded
-from vora_jax.convert.foreign_stream import stream, tensor_infos
-from vora_jax.convert.host_arrays import Scratch, is_finite, transposed
-from vora_jax.convert.merge_report import merge_report
-from vora_jax.convert.name_map import to_foreign
-from vora_jax.convert.own_layout import OWN
+from vora_jax.convert.export.exportable import exportable, folded
+from vora_jax.convert.export.foreign_stream import stream, tensor_infos
+from vora_jax.convert.export.host_arrays import Scratch, is_finite, transposed
+from vora_jax.convert.export.merge_report import merge_report
+from vora_jax.convert.export.plan import Part
+from vora_jax.convert.families.own_layout import OWN
+from vora_jax.convert.names.name_map import to_foreign
 from vora_jax.merge import merge
 from vora_jax.params import flatten, unflatten
 

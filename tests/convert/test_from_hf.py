@@ -9,10 +9,11 @@ from jax.sharding import PartitionSpec as P
 
 from vora_jax import variants
 from vora_jax.cli.import_ import parameter_targets
-from vora_jax.convert import from_hf, name_map
-from vora_jax.convert.layouts import TRANSPOSED
-from vora_jax.convert.name_map import Entry
-from vora_jax.convert.safetensors_files import open_folder, write_shards
+from vora_jax.convert import from_hf
+from vora_jax.convert.files.safetensors_files import open_folder, write_shards
+from vora_jax.convert.names import name_map
+from vora_jax.convert.names.layouts import TRANSPOSED
+from vora_jax.convert.names.name_map import Entry
 from vora_jax.types import UserError
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from vora_jax.convert.gguf_llama import llama3_factors, read_llama, unpermute
+from vora_jax.convert.samples.gguf_llama import llama3_factors, read_llama, unpermute
 from vora_jax.types import UserError
 
 pytest.importorskip('gguf', reason='needs the extra `assets` (gguf)')

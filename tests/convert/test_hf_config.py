@@ -3,7 +3,7 @@ import dataclasses
 
 import pytest
 
-from vora_jax.convert.hf_config import llm_from_config, llm_to_config, max_positions
+from vora_jax.convert.families.hf_config import llm_from_config, llm_to_config, max_positions
 from vora_jax.llm.decoder import LanguageModel
 from vora_jax.ops.rope import RopeScaling
 from vora_jax.types import UserError

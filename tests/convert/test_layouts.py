@@ -3,7 +3,7 @@ import jax
 import numpy as np
 import pytest
 
-from vora_jax.convert import layouts
+from vora_jax.convert.names import layouts
 
 SHAPES = {'SAME': (3, 5), 'TRANSPOSED': (3, 5), 'CONVOLUTION': (2 * 2 * 3, 5), 'TABLE': (2, 3, 5),
           'BATCHED_TABLE': (2, 3, 5), 'LEADING_1': (5,), 'LEADING_2': (5,)}

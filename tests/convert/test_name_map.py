@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vora_jax.convert.layouts import (
+from vora_jax.convert.names.layouts import (
     BATCHED_TABLE,
     CONVOLUTION,
     LEADING_1,
@@ -12,7 +12,7 @@ from vora_jax.convert.layouts import (
     TABLE,
     TRANSPOSED,
 )
-from vora_jax.convert.name_map import (
+from vora_jax.convert.names.name_map import (
     Row,
     Table,
     alias_pairs,

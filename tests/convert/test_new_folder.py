@@ -8,13 +8,13 @@ import sys
 
 import pytest
 
-from vora_jax.convert.new_folder import new_folder
+from vora_jax.convert.files.new_folder import new_folder
 from vora_jax.types import UserError
 
 # Writes half of the folder, says so, and waits to be killed.
 HANGING = """
 import pathlib, sys, time
-from vora_jax.convert.new_folder import new_folder
+from vora_jax.convert.files.new_folder import new_folder
 with new_folder(sys.argv[1], True, lambda folder: True) as folder:
     (folder / 'weights').write_text('half')
     print('inside', flush=True)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from vora_jax.convert.onnx_dinov2 import PREPROCESSOR, read_dinov2, tensor_names
+from vora_jax.convert.samples.onnx_dinov2 import PREPROCESSOR, read_dinov2, tensor_names
 from vora_jax.types import UserError
 
 onnx = pytest.importorskip('onnx', reason='needs the extra `assets` (onnx)')

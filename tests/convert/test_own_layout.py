@@ -8,9 +8,9 @@ import pytest
 from tiny_models import KINDS, LLM, PATCH, make_any, make_model, make_variety
 
 from vora_jax import variants
-from vora_jax.convert.exportable import exportable
-from vora_jax.convert.name_map import from_foreign, to_foreign
-from vora_jax.convert.own_layout import OWN, Prompting, model_arguments, own_config, own_model
+from vora_jax.convert.export.exportable import exportable
+from vora_jax.convert.families.own_layout import OWN, Prompting, model_arguments, own_config, own_model
+from vora_jax.convert.names.name_map import from_foreign, to_foreign
 from vora_jax.method import VisionTokenRule
 from vora_jax.model import VisionLanguageModel
 from vora_jax.nn.adapters import LowRank

@@ -5,11 +5,11 @@ import math
 import pytest
 
 from vora_jax import variants
-from vora_jax.convert.exportable import parameter_shapes
-from vora_jax.convert.name_map import entries, foreign_shapes
-from vora_jax.convert.recognise import recognise
-from vora_jax.convert.tables import AIMV2_ORIGINAL
-from vora_jax.convert.vit_config import vit_to_config
+from vora_jax.convert.export.exportable import parameter_shapes
+from vora_jax.convert.families.recognise import recognise
+from vora_jax.convert.families.vit_config import vit_to_config
+from vora_jax.convert.names.name_map import entries, foreign_shapes
+from vora_jax.convert.names.tables import AIMV2_ORIGINAL
 from vora_jax.llm.decoder import LanguageModel
 from vora_jax.ops.rope import RopeScaling
 from vora_jax.types import UserError

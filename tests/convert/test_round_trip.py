@@ -10,9 +10,9 @@ from safetensors.numpy import save_file
 from tiny_foreign import IMAGE_TOKEN, LLAVAS, LLMS, VITS, packed, pictures, read, write
 from tiny_model import quick_jit, strict  # noqa: F401
 
-from vora_jax.convert.hf_config import llm_from_config, llm_to_config
-from vora_jax.convert.name_map import alias_pairs, entries, foreign_shapes, match_names, renamed, to_foreign
-from vora_jax.convert.vit_config import vit_table, vit_to_config
+from vora_jax.convert.families.hf_config import llm_from_config, llm_to_config
+from vora_jax.convert.families.vit_config import vit_table, vit_to_config
+from vora_jax.convert.names.name_map import alias_pairs, entries, foreign_shapes, match_names, renamed, to_foreign
 from vora_jax.params import unflatten
 from vora_jax.vision.vit import VisionTransformer
 

@@ -15,7 +15,7 @@ import safetensors.numpy
 import safetensors.torch
 import torch
 
-from vora_jax.convert.safetensors_files import open_folder, write_shards
+from vora_jax.convert.files.safetensors_files import open_folder, write_shards
 from vora_jax.types import UserError
 
 DTYPES = {'F64': 'float64', 'F32': 'float32', 'F16': 'float16', 'BF16': 'bfloat16', 'I64': 'int64', 'I32': 'int32',
@@ -136,9 +136,9 @@ def test_random_slices(tmp_path, monkeypatch):
     write(tmp_path, tensors, 1)
     # Small limits, so that all ways of reading are taken.
     for piece, run, call in [(8 << 20, 64 << 10, 1 << 30), (200, 64, 100), (64, 1 << 20, 7), (64, 16, 1 << 20)]:
-        monkeypatch.setattr('vora_jax.convert.ranged_read._PIECE_BYTES', piece)
-        monkeypatch.setattr('vora_jax.convert.ranged_read._LONG_RUN_BYTES', run)
-        monkeypatch.setattr('vora_jax.convert.ranged_read._CALL_BYTES', call)
+        monkeypatch.setattr('vora_jax.convert.files.ranged_read._PIECE_BYTES', piece)
+        monkeypatch.setattr('vora_jax.convert.files.ranged_read._LONG_RUN_BYTES', run)
+        monkeypatch.setattr('vora_jax.convert.files.ranged_read._CALL_BYTES', call)
         with open_folder(tmp_path) as folder:
             for name, array in tensors.items():
                 for _ in range(40):
@@ -344,9 +344,9 @@ def test_shards_grow_to_the_limit_and_progress_is_told(tmp_path):
 
 
 def test_non_contiguous_arrays(tmp_path, monkeypatch):
-    monkeypatch.setattr('vora_jax.convert.safetensors_files._PIECE_BYTES', 100)
-    monkeypatch.setattr('vora_jax.convert.safetensors_files._STEP_BYTES', 64)
-    monkeypatch.setattr('vora_jax.convert.safetensors_files._CALL_BYTES', 50)
+    monkeypatch.setattr('vora_jax.convert.files.safetensors_files._PIECE_BYTES', 100)
+    monkeypatch.setattr('vora_jax.convert.files.safetensors_files._STEP_BYTES', 64)
+    monkeypatch.setattr('vora_jax.convert.files.safetensors_files._CALL_BYTES', 50)
     x = np.arange(24 * 18, dtype=np.float32).reshape(24, 18)
     tensors = {'t': x.T, 's': x[::2, 3:], 'v': x[:, 0], 'c': x, 'b': np.broadcast_to(np.float32(3), (40, 2)),
                'p': x.reshape(2, 12, 18).transpose(2, 0, 1)}
@@ -429,8 +429,8 @@ def test_a_folder_that_cannot_be_written_to(tmp_path):
 WRITER = """
 import collections, shutil, sys
 import numpy as np
-from vora_jax.convert.new_folder import new_folder
-from vora_jax.convert.safetensors_files import write_shards
+from vora_jax.convert.files.new_folder import new_folder
+from vora_jax.convert.files.safetensors_files import write_shards
 from vora_jax.types import UserError
 if sys.argv[2] == 'large':
     usage = collections.namedtuple('usage', 'total used free')

@@ -6,7 +6,7 @@ import pytest
 import sentencepiece
 from tiny_models import TEXTS, make_tokenizer
 
-from vora_jax.convert.sentencepiece_json import IMAGE, build_tokenizer, write_tokenizer
+from vora_jax.convert.export.sentencepiece_json import IMAGE, build_tokenizer, write_tokenizer
 from vora_jax.data.conversation import Image, render, render_prompt
 from vora_jax.data.templates import TEMPLATES
 from vora_jax.data.tokenizer import load_tokenizer

@@ -11,10 +11,10 @@ import re
 import pytest
 
 from vora_jax import variants
-from vora_jax.convert.exportable import parameter_shapes
-from vora_jax.convert.name_map import entries, foreign_shapes
-from vora_jax.convert.recognise import recognise
-from vora_jax.convert.tables import VORA
+from vora_jax.convert.export.exportable import parameter_shapes
+from vora_jax.convert.families.recognise import recognise
+from vora_jax.convert.names.name_map import entries, foreign_shapes
+from vora_jax.convert.names.tables import VORA
 from vora_jax.llm.decoder import LanguageModel
 from vora_jax.vision.patch_embed import PatchEmbed
 from vora_jax.vision.vit import Vit

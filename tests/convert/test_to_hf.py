@@ -6,10 +6,10 @@ import pytest
 from safetensors.numpy import load_file
 from tiny_models import make_model, make_tokenizer, prompting
 
-from vora_jax.convert.exportable import exportable
-from vora_jax.convert.name_map import from_foreign
-from vora_jax.convert.own_layout import OWN
-from vora_jax.convert.to_hf import Provenance, export
+from vora_jax.convert.export.exportable import exportable
+from vora_jax.convert.export.to_hf import Provenance, export
+from vora_jax.convert.families.own_layout import OWN
+from vora_jax.convert.names.name_map import from_foreign
 from vora_jax.types import UserError
 from vora_jax.vision.token_classifier import TokenClassifier
 from vora_jax.vision.vit import Vit
@@ -86,7 +86,7 @@ def test_a_failed_export_leaves_nothing(tmp_path, tokenizer, monkeypatch):
     def full(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr('vora_jax.convert.to_hf.write_shards', full)
+    monkeypatch.setattr('vora_jax.convert.export.to_hf.write_shards', full)
     with pytest.raises(KeyboardInterrupt):
         export(params, model, prompting(tokenizer), str(tmp_path / 'out'))
     assert list(tmp_path.iterdir()) == []

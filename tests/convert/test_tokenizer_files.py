@@ -6,7 +6,7 @@ import pytest
 import tiny_tokenizers as tiny
 from tiny_models import make_tokenizer
 
-from vora_jax.convert.tokenizer_files import write_tokenizer_files
+from vora_jax.convert.export.tokenizer_files import write_tokenizer_files
 from vora_jax.data.conversation import Image, render, render_prompt
 from vora_jax.data.templates import find_template, jinja
 from vora_jax.data.tokenizer import fingerprint, load_tokenizer

@@ -24,10 +24,10 @@ from tiny_models import (
 )
 
 from vora_jax import variants
-from vora_jax.convert.own_layout import Prompting, own_config
-from vora_jax.convert.recognise import recognise
-from vora_jax.convert.to_hf import TORCH_MODEL, export
-from vora_jax.convert.verify import load_folder, verify
+from vora_jax.convert.export.to_hf import TORCH_MODEL, export
+from vora_jax.convert.families.own_layout import Prompting, own_config
+from vora_jax.convert.families.recognise import recognise
+from vora_jax.convert.verify.comparison import load_folder, verify
 from vora_jax.data.config import ImagePolicy
 from vora_jax.data.image import fit_grid, load_picture, patchify
 from vora_jax.llm.generate import greedy

@@ -6,8 +6,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tiny_models import make_model, make_questions, make_tokenizer, prompting, rows
 
-from vora_jax.convert.to_hf import export
-from vora_jax.convert.verify import load_folder, verify
+from vora_jax.convert.export.to_hf import export
+from vora_jax.convert.verify.comparison import load_folder, verify
 from vora_jax.types import UserError
 
 EOS = 3

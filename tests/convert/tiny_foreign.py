@@ -5,10 +5,10 @@ import ml_dtypes
 import numpy as np
 
 from vora_jax import variants
-from vora_jax.convert.exportable import parameter_shapes
-from vora_jax.convert.name_map import from_foreign
-from vora_jax.convert.recognise import recognise
-from vora_jax.convert.safetensors_files import open_folder
+from vora_jax.convert.export.exportable import parameter_shapes
+from vora_jax.convert.families.recognise import recognise
+from vora_jax.convert.files.safetensors_files import open_folder
+from vora_jax.convert.names.name_map import from_foreign
 from vora_jax.data.image import patchify
 from vora_jax.data.packing import Budgets, Picture, Text, layout, stack
 

@@ -10,9 +10,9 @@ import numpy as np
 import PIL.Image
 
 from vora_jax import variants
-from vora_jax.convert.exportable import smallest_batch
-from vora_jax.convert.to_hf import Prompting
-from vora_jax.convert.verify import Question
+from vora_jax.convert.export.exportable import smallest_batch
+from vora_jax.convert.export.to_hf import Prompting
+from vora_jax.convert.verify.comparison import Question
 from vora_jax.data.config import Data, ImagePolicy, Source
 from vora_jax.data.tokenizer import load_tokenizer, train_sentencepiece
 from vora_jax.evaluation.prompts import Prompt, PromptRows

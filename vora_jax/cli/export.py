@@ -10,8 +10,8 @@ import jax
 import tqdm
 
 from vora_jax.cli.export_source import Source, open_source
-from vora_jax.convert.export_layouts import LAYOUTS
-from vora_jax.convert.to_hf import DTYPES, Exported, export
+from vora_jax.convert.export.layouts import LAYOUTS
+from vora_jax.convert.export.to_hf import DTYPES, Exported, export
 from vora_jax.types import UserError
 
 HELP = """Write a checkpoint as a PyTorch / Hugging Face folder.

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 from vora_jax.batch import Batch
 from vora_jax.cli import gin_config
 from vora_jax.cli.made_up_prompts import probe_batch
-from vora_jax.convert.own_layout import Prompting
-from vora_jax.convert.to_hf import Provenance
+from vora_jax.convert.export.to_hf import Provenance
+from vora_jax.convert.families.own_layout import Prompting
 from vora_jax.data.config import Data
 from vora_jax.data.templates import find_template, jinja
 from vora_jax.data.tokenizer import Tokenizer, load_tokenizer

@@ -14,9 +14,10 @@ from vora_jax import variants
 from vora_jax.cli.config_text import config_text
 from vora_jax.cli.imported_data import Guess, copy_tokenizer_files, guess_template, imported_data
 from vora_jax.cli.processes import join_processes
-from vora_jax.convert import from_hf, name_map
-from vora_jax.convert.recognise import Recognised, recognise
-from vora_jax.convert.safetensors_files import open_folder
+from vora_jax.convert import from_hf
+from vora_jax.convert.families.recognise import Recognised, recognise
+from vora_jax.convert.files.safetensors_files import open_folder
+from vora_jax.convert.names import name_map
 from vora_jax.data.fake import fake_batch
 from vora_jax.data.special_tokens import read_json
 from vora_jax.data.templates import find_template

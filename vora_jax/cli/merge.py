@@ -3,8 +3,8 @@ import argparse
 
 from vora_jax.cli import gin_config
 from vora_jax.cli.export_source import open_source
-from vora_jax.convert.exportable import exportable
-from vora_jax.convert.merge_report import merge_report
+from vora_jax.convert.export.exportable import exportable
+from vora_jax.convert.export.merge_report import merge_report
 from vora_jax.merge import merge
 from vora_jax.params import count
 from vora_jax.training.checkpoint import write_checkpoint

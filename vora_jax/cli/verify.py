@@ -12,8 +12,8 @@ import tqdm
 
 from vora_jax.cli.export_source import Source, open_source
 from vora_jax.cli.made_up_prompts import made_up_prompts
-from vora_jax.convert.to_hf import read_record
-from vora_jax.convert.verify import Comparison, Question, verify
+from vora_jax.convert.export.to_hf import read_record
+from vora_jax.convert.verify.comparison import Comparison, Question, verify
 from vora_jax.data.conversation import check_record
 from vora_jax.data.sources import JsonLines
 from vora_jax.data.tokenizer import IMAGE

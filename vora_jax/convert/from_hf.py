@@ -13,10 +13,10 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from vora_jax.convert.layouts import SAME, TRANSPOSED, Layout, Shape
-from vora_jax.convert.mismatch import name_list
-from vora_jax.convert.name_map import Entry
-from vora_jax.convert.safetensors_files import Folder
+from vora_jax.convert.files.safetensors_files import Folder
+from vora_jax.convert.names.layouts import SAME, TRANSPOSED, Layout, Shape
+from vora_jax.convert.names.mismatch import name_list
+from vora_jax.convert.names.name_map import Entry
 from vora_jax.types import UserError
 
 OnRead = Callable[[int, float], None]

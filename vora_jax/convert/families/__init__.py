@@ -1,0 +1,1 @@
+"""What a foreign configuration means."""

@@ -1,0 +1,1 @@
+"""Our parameter paths and foreign names."""
