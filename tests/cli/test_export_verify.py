@@ -75,6 +75,7 @@ def test_bad_input_is_one_sentence(folder, adapted, capsys):
         (['export', text, '--to', str(folder / 'no'), '--merge'], 'has no adapters to merge'),
         (['export', text, '--to', str(folder / 'no'), '--max-shard-gb', '0'], '--max-shard-gb is 0'),
         (['verify', text, str(folder / 'gone')], 'gone is not a folder that `vora export` wrote'),
+        (['verify', adapted, str(folder / 'out_images'), '--teacher', str(folder / 'gone')], 'gone holds no config.json'),
         (['export', str(folder / 'nothing'), '--to', str(folder / 'no')], 'nothing does not exist'),
         (['export', adapted, '--to', str(folder / 'images')], 'exists already'),
         (['verify', adapted, str(folder / 'images')], 'is not a folder that `vora export` wrote'),

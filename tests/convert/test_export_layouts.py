@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -285,6 +286,21 @@ def test_distillation_losses(folder, written):
     assert found.problems == [] and [layer for layer, *_ in found.distill_losses] == [0, 1]
     for _, ours, theirs in found.distill_losses:
         assert abs(ours - theirs) < 1e-5 and ours > 0.1
+    write(folder, folder / 'other', *make('encoder_clip'), layout='encoder')
+    with pytest.raises(UserError, match='give the folder of the encoder that it distils from'):
+        compared(folder, 'adapted', to, teacher=str(folder / 'other'))
+
+
+def test_a_file_of_an_export_that_is_gone(folder, written, tmp_path):
+    pytest.importorskip('torch', reason="needs pip install 'vora_jax[torch]'")
+    for layout, files, told in (('vora', ['preprocessor_config.json'], 'preprocessor_config.json cannot be read'),
+                                ('own', ['tokenizer.json', 'tokenizer_config.json', 'tokenizer.model'], 'does not load')):
+        to = tmp_path / layout
+        shutil.copytree(written('adapted', layout)[0], to)
+        for name in files:
+            (to / name).unlink(missing_ok=True)
+        with pytest.raises(UserError, match=told):
+            compared(folder, 'adapted', to)
 
 
 def test_nothing_of_a_stock_layout_needs_our_code(written):

@@ -1,12 +1,14 @@
 """Equal token ids and prompts on both sides."""
 import io
+import json
 import random
 
 import pytest
 import sentencepiece
 from tiny_models import TEXTS, make_tokenizer
 
-from vora_jax.convert.export.sentencepiece_json import IMAGE, build_tokenizer, write_tokenizer
+from vora_jax.convert.export.sentencepiece_json import CHAT_TEMPLATE, IMAGE, build_tokenizer
+from vora_jax.convert.export.tokenizer_files import write_tokenizer_files
 from vora_jax.data.conversation import Image, render, render_prompt
 from vora_jax.data.templates import TEMPLATES
 from vora_jax.data.tokenizer import load_tokenizer
@@ -61,11 +63,6 @@ def test_image_gets_an_id_after_all_others_where_there_is_no_such_piece():
     assert tokenizer.token_to_id(IMAGE) == sentencepiece.SentencePieceProcessor(model_proto=model).get_piece_size()
 
 
-def test_a_folder_without_a_model_is_told(tmp_path):
-    with pytest.raises(UserError, match='holds no tokenizer.model'):
-        write_tokenizer(str(tmp_path), tmp_path, 3, '')
-
-
 @pytest.fixture
 def loaded(tmp_path, request):
     """(our tokenizer, the exported one as users load it) with the system message of a template."""
@@ -73,7 +70,8 @@ def loaded(tmp_path, request):
     ours = load_tokenizer(make_tokenizer(tmp_path))
     out = tmp_path / 'out'
     out.mkdir()
-    write_tokenizer(str(tmp_path / 'tokenizer'), out, ours.eos_id, TEMPLATES[request.param].system)
+    template = CHAT_TEMPLATE.replace('__SYSTEM__', json.dumps(TEMPLATES[request.param].system))
+    write_tokenizer_files(str(tmp_path / 'tokenizer'), out, template, ours.eos_id)
     return ours, transformers.AutoTokenizer.from_pretrained(str(out))
 
 

@@ -6,7 +6,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tiny_models import make_model, make_questions, make_tokenizer, prompting, rows
 
-from vora_jax.convert.export.to_hf import export
+from vora_jax.convert.export.to_hf import export, read_record
 from vora_jax.convert.verify.comparison import load_folder, verify
 from vora_jax.types import UserError
 
@@ -84,6 +84,13 @@ def test_no_export(tmp_path):
     pytest.importorskip('torch', reason="needs pip install 'vora_jax[torch]'")
     with pytest.raises(UserError, match='is not a folder that `vora export` wrote'):
         load_folder(str(tmp_path))
+
+
+@pytest.mark.parametrize('record', ['{}', '[]', '{"layout": "gone", "merged": false, "dtype": "float32", "base": ""}'])
+def test_a_damaged_record(tmp_path, record):
+    (tmp_path / 'vora_export.json').write_text(record)
+    with pytest.raises(UserError, match='not as `vora export` writes it'):
+        read_record(tmp_path)
 
 
 def test_without_torch(tmp_path, monkeypatch):

@@ -1,6 +1,8 @@
 """Commit, damage, opening, writing."""
 
+import errno
 import logging
+import os
 
 import jax
 import jax.numpy as jnp
@@ -142,6 +144,25 @@ def test_written_checkpoint_opens_and_is_not_overwritten(tmp_path):
     )
     with pytest.raises(UserError, match='already holds a run'):
         checkpoint.write_checkpoint(target, params, 'text', str(tmp_path / 'tokenizer'))
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / 'tokenizer').mkdir()
+    (tmp_path / 'tokenizer/vocab.json').write_text('{}')
+    (tmp_path / 'config.json').write_text('{}')
+    with pytest.raises(UserError, match='is not empty and no workdir .it is a Hugging Face folder'):
+        checkpoint.write_checkpoint(tmp_path, {'a': np.zeros(1)}, 'text', '')
+    assert sorted(path.name for path in tmp_path.rglob('*')) == ['config.json', 'tokenizer', 'vocab.json']
+
+
+def test_a_disk_that_is_full_before_the_weights(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoint, 'copy_tokenizer', full)
+    with pytest.raises(UserError, match='the disk is full'):
+        checkpoint.write_checkpoint(tmp_path / 'w', {'a': np.zeros(1)}, 'text', str(tmp_path))
+    assert checkpoint.step_numbers(tmp_path / 'w', committed=False) == []
 
 
 def test_content_hash_sees_contents_places_names_and_no_mesh():

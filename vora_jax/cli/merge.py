@@ -7,7 +7,7 @@ from vora_jax.convert.export.exportable import exportable
 from vora_jax.convert.export.merge_report import merge_report
 from vora_jax.merge import merge
 from vora_jax.params import count
-from vora_jax.training.checkpoint import write_checkpoint
+from vora_jax.training.checkpoint import raise_if_used, write_checkpoint
 from vora_jax.types import UserError
 
 HELP = """Fold the adapters of a checkpoint into its weights and write the result as a new checkpoint.
@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Writes the merged checkpoint; 0 on success. UserError on bad input."""
+    raise_if_used(args.to)  # before anything large is read
     source = open_source(args.checkpoint)
     text, provenance = source.provenance.config_text, source.provenance
     config, _ = gin_config.load('Train', texts=[text])

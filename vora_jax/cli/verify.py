@@ -52,6 +52,8 @@ def run(args: argparse.Namespace) -> int:
     for name in ('num', 'max_new_tokens'):
         if getattr(args, name) < 1:
             raise UserError(f'--{name.replace("_", "-")} is {getattr(args, name)}; it must be at least 1.')
+    if args.teacher and not (pathlib.Path(args.teacher) / 'config.json').is_file():
+        raise UserError(f'--teacher {args.teacher} holds no config.json; give the Hugging Face folder of the encoder.')
     layout = read_record(pathlib.Path(args.folder))['layout']  # before anything large is read
     source = open_source(args.checkpoint)
     prompting = source.prompting

@@ -128,9 +128,8 @@ def train_sentencepiece(texts: Iterable[str], folder: str, vocab_size: int,
                         markers: Sequence[str] = MARKERS) -> SentencePieceTokenizer:
     """Trains a byte-pair model on the texts and writes it to `folder/tokenizer.model`.
 
-    Text survives unchanged: nothing is normalised, no space is put in front, unseen characters become bytes.
-        The same texts
-    give the same file. The vocabulary may come out smaller than asked if the texts do not support more.
+    Text survives unchanged: nothing is normalised, no space is put in front, unseen characters become bytes. The
+    same texts give the same file. The vocabulary may come out smaller than asked if the texts do not support more.
 
     Raises:
         UserError: the texts are empty, or the vocabulary cannot even hold bytes, markers and characters.

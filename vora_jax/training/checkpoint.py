@@ -102,14 +102,13 @@ def write_checkpoint(
         origin: the verb that writes it.
 
     Raises:
-        UserError: the workdir already holds steps, or the disk is full.
+        UserError: the workdir already holds steps or something else, or the disk is full.
     """
     workdir = pathlib.Path(workdir)
     raise_if_used(workdir)
     if jax.process_index() == 0:
         write_config(workdir, config_text)
         checksum.remove_unfinished(workdir)  # what a killed process left
-        copy_tokenizer(tokenizer_dir, workdir)
         needed, free = sum(leaf.nbytes for leaf in jax.tree.leaves(params)), shutil.disk_usage(workdir).free
         if free < needed:
             raise UserError(f'{workdir} cannot be written: the weights need {needed:,} bytes, {free:,} are free; free some '
@@ -117,6 +116,8 @@ def write_checkpoint(
     folder = step_folder(workdir, step)
     stored, arrays = dataclasses.asdict(Record(step, config_text, origin=origin)), {'trainable': params}
     try:
+        if jax.process_index() == 0:
+            copy_tokenizer(tokenizer_dir, workdir)
         with orbax_options(one_file=False), quiet():
             ocp.save_checkpointables(folder.absolute(), arrays, custom_metadata=stored, overwrite=True)
         if jax.process_index() == 0:
@@ -131,9 +132,12 @@ def write_checkpoint(
 
 
 def raise_if_used(workdir: str | pathlib.Path) -> None:
-    """Raises UserError if a workdir holds finished steps."""
-    if step_numbers(pathlib.Path(workdir)):
+    """Raises UserError if a workdir holds finished steps, or a folder holds something else than a run."""
+    folder = pathlib.Path(workdir)
+    if step_numbers(folder):
         raise UserError(f'{workdir} already holds a run; give a new folder.')
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / 'config.gin').is_file():
+        raise UserError(f'{workdir} is not empty and no workdir (it is {_describe(folder)}); give a new folder.')
 
 
 def write_config(workdir: pathlib.Path, config_text: str) -> None:

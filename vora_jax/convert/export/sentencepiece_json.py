@@ -1,8 +1,5 @@
 """SentencePiece models as Hugging Face tokenizers."""
-import json
-import pathlib
 import random
-import shutil
 
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
@@ -45,33 +42,6 @@ CHAT_TEMPLATE = """\
 {{- '<|im_start|>assistant\\n' -}}
 {%- endif -%}
 """
-
-
-def write_tokenizer(source: str, folder: pathlib.Path, eos_id: int, system: str) -> int:
-    """Writes all tokenizer files of an export; returns the id of `<image>`.
-
-    Args:
-        source: folder with `tokenizer.model`, which is copied too.
-        folder: folder of the export.
-        eos_id: id that ends an answer; also pads.
-        system: system message put in front of conversations without one; '' for none.
-
-    Raises:
-        UserError: there is no SentencePiece model, or it does things that `tokenizers` cannot express.
-    """
-    file = pathlib.Path(source) / 'tokenizer.model'
-    if not file.is_file():
-        raise UserError(f'{source} holds no tokenizer.model; give Data.tokenizer the folder the model was trained with.')
-    tokenizer = build_tokenizer(file.read_bytes(), str(file))
-    shutil.copyfile(file, folder / file.name)
-    tokenizer.save(str(folder / 'tokenizer.json'))
-    eos = tokenizer.id_to_token(eos_id)
-    settings = {'tokenizer_class': 'PreTrainedTokenizerFast', 'eos_token': eos, 'pad_token': eos, 'padding_side': 'left',
-                'clean_up_tokenization_spaces': False, 'model_input_names': ['input_ids', 'attention_mask']}
-    (folder / 'tokenizer_config.json').write_text(json.dumps(settings, indent=2) + '\n', encoding='utf-8')
-    template = CHAT_TEMPLATE.replace('__SYSTEM__', json.dumps(system, ensure_ascii=False))
-    (folder / 'chat_template.jinja').write_text(template, encoding='utf-8')
-    return tokenizer.token_to_id(IMAGE)
 
 
 def build_tokenizer(model: bytes, where: str, image_token: bool = True) -> Tokenizer:

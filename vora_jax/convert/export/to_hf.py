@@ -11,7 +11,7 @@ from typing import Any
 
 from vora_jax.batch import Batch
 from vora_jax.convert.export.foreign_stream import Losses, ahead, stream, tensor_infos
-from vora_jax.convert.export.layouts import choose_layout, plan_of, select
+from vora_jax.convert.export.layouts import LAYOUTS, choose_layout, plan_of, select
 from vora_jax.convert.export.merge_report import MergeReport, logit_difference, make_report
 from vora_jax.convert.export.model_card import CONFIG_FILE, model_card
 from vora_jax.convert.export.plan import Part, Plan, Provenance, Request
@@ -29,6 +29,7 @@ __all__ = ['DTYPES', 'Exported', 'Prompting', 'Provenance', 'export', 'is_export
 TORCH_MODEL = pathlib.Path(__file__).parent.parent / 'torch_model'
 DTYPES = ('keep', 'float32', 'bfloat16', 'float16')
 RECORD = 'vora_export.json'  # what `verify` reads
+RECORDED = {'layout', 'merged', 'dtype', 'base', 'image_token_id'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,9 +135,12 @@ def is_export(folder: pathlib.Path) -> bool:
 def read_record(folder: pathlib.Path) -> dict[str, Any]:
     """What `export` noted in the folder: layout, merged, dtype, base, image_token_id. UserError for other folders."""
     try:
-        return json.loads((folder / RECORD).read_text(encoding='utf-8'))
+        record = json.loads((folder / RECORD).read_text(encoding='utf-8'))
     except (OSError, ValueError) as error:
         raise UserError(f'{folder} is not a folder that `vora export` wrote; export the checkpoint first.') from error
+    if not isinstance(record, dict) or record.get('layout') not in LAYOUTS or RECORDED - set(record):
+        raise UserError(f'{folder / RECORD} is not as `vora export` writes it; export the checkpoint again.')
+    return record
 
 
 class _Clock:

@@ -17,7 +17,13 @@ from vora_jax.convert.verify.encoder import compare_features
 from vora_jax.convert.verify.prompts import compare_prompts
 from vora_jax.convert.verify.reimport import compare_reimport
 from vora_jax.convert.verify.tensors import Comparison, compare_tensors
-from vora_jax.convert.verify.torch_side import Question, from_pretrained, import_torch, open_torch
+from vora_jax.convert.verify.torch_side import (
+    Question,
+    from_pretrained,
+    import_torch,
+    open_tokenizer,
+    open_torch,
+)
 from vora_jax.method import VisionTokenRule
 from vora_jax.params import unflatten
 from vora_jax.types import Params, UserError
@@ -93,7 +99,7 @@ def load_folder(folder: str) -> tuple[Any, Any]:
     if not is_export(pathlib.Path(folder)):
         raise UserError(f'{folder} is not a folder that `vora export` wrote; export the checkpoint first.')
     model = from_pretrained(transformers.AutoModelForCausalLM, folder, trust_remote_code=True)
-    return model, transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    return model, open_tokenizer(transformers.AutoTokenizer, folder, trust_remote_code=True)
 
 
 def _has_adapters(model: Any) -> bool:

@@ -11,7 +11,7 @@ from vora_jax.convert.verify.prompts import our_pixels
 from vora_jax.convert.verify.tensors import Comparison
 from vora_jax.convert.verify.torch_side import Question, TorchSide, from_pretrained, import_torch
 from vora_jax.model import VisionLanguageModel
-from vora_jax.types import Params
+from vora_jax.types import Params, UserError
 
 TOLERANCE = 1e-4  # of a loss
 
@@ -88,12 +88,23 @@ def _torch_losses(model: VisionLanguageModel, side: TorchSide, encoder: Any, hea
     pixels = torch.from_numpy(our_pixels(row, [0], distillation.teacher.patch_embed))
     with torch.no_grad():
         side.model(**inputs)
-        blocks = encoder(pixel_values=pixels, output_hidden_states=True).hidden_states
+        try:
+            blocks = encoder(pixel_values=pixels, output_hidden_states=True).hidden_states
+        except (RuntimeError, TypeError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f'the teacher cannot read this checkpoint\'s pictures ({reason}); give the folder of the '
+                            'encoder that it distils from.') from error
     for hook in hooks:
         hook.remove()
     is_image, sums = inputs['input_ids'][0] == side.image_token_id, []
+    wanted = max(distillation.blocks) + 1, int(is_image.sum()), heads[0]['kernel'].shape[-1]
+    targets = [block[:, int(distillation.teacher.patch_embed.cls_token):].flatten(0, 1) for block in blocks[1:]]
+    given = len(targets), *targets[0].shape
+    if given[0] < wanted[0] or given[1:] != wanted[1:]:
+        raise UserError('the teacher gives {} blocks of {} x {} values, but the checkpoint distils from {} of {} x {}; give '
+                        'the folder of the encoder that it distils from.'.format(*given, *wanted))
     for layer, block, head in zip(distillation.layers, distillation.blocks, heads):
-        target = blocks[block + 1][:, int(distillation.teacher.patch_embed.cls_token):].flatten(0, 1)
+        target = targets[block]
         x = states[layer][0][is_image]
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + distillation.head_eps) * torch.from_numpy(head['scale'])
         cosine = torch.nn.functional.cosine_similarity(x @ torch.from_numpy(head['kernel']), target, dim=-1)

@@ -17,7 +17,7 @@ from vora_jax.convert.verify.prompts import hidden_states
 from vora_jax.convert.verify.tensors import Comparison
 from vora_jax.model import VisionLanguageModel
 from vora_jax.params import unflatten
-from vora_jax.types import Params
+from vora_jax.types import Params, UserError
 
 
 def compare_reimport(model: VisionLanguageModel, params: Params, folder: pathlib.Path, batches: Iterable[Batch],
@@ -47,8 +47,12 @@ def compare_reimport(model: VisionLanguageModel, params: Params, folder: pathlib
 
 def _imported(folder: pathlib.Path, teacher_heads: int | None) -> tuple[VisionLanguageModel, Params]:
     """(model, parameters in float32) as `vora import` makes them, without distillation."""
-    config, picture = (json.loads((folder / name).read_text(encoding='utf-8'))
-                       for name in ('config.json', 'preprocessor_config.json'))
+    try:
+        config, picture = (json.loads((folder / name).read_text(encoding='utf-8'))
+                           for name in ('config.json', 'preprocessor_config.json'))
+    except (OSError, ValueError) as error:
+        raise UserError(f'{folder}: config.json or preprocessor_config.json cannot be read ({error}); export the checkpoint '
+                        'again.') from error
     with open_folder(folder) as there:
         given = {name: info.shape for name, info in there.tensors.items()}
         known = recognise(config, given, picture, teacher_heads=teacher_heads)

@@ -65,6 +65,16 @@ def from_pretrained(loader: Any, folder: str | pathlib.Path, **settings) -> Any:
     return model
 
 
+def open_tokenizer(loader: Any, folder: str | pathlib.Path, **settings) -> Any:
+    """The tokenizer or processor of a folder. UserError where it does not load."""
+    try:
+        return loader.from_pretrained(str(folder), **settings)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(':. ')
+        raise UserError(f'{folder}: its tokenizer or processor does not load ({reason}); export the checkpoint again.'
+                        ) from error
+
+
 def open_torch(folder: pathlib.Path, layout: str, sees: bool) -> TorchSide:
     """The folder's model in float32.
 
@@ -81,10 +91,10 @@ def open_torch(folder: pathlib.Path, layout: str, sees: bool) -> TorchSide:
         base = model = from_pretrained(transformers.LlavaForConditionalGeneration, folder).float()
     else:
         base = model = from_pretrained(auto, folder, **remote).float()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), **remote)
+    tokenizer = open_tokenizer(transformers.AutoTokenizer, folder, **remote)
     model = model.eval()
     if layout == 'llava':
-        processor = transformers.AutoProcessor.from_pretrained(str(folder))
+        processor = open_tokenizer(transformers.AutoProcessor, folder)
         return TorchSide(model, tokenizer, base.config.image_token_id, _llava_inputs(processor), lambda *_: True)
     if hasattr(base, 'prepare_inputs'):
         def inputs(questions):
