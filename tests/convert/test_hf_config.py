@@ -3,7 +3,7 @@ import dataclasses
 
 import pytest
 
-from vora_jax.convert.families.hf_config import llm_from_config, llm_to_config, max_positions
+from vora_jax.convert.families.hf_config import llm_from_config, llm_to_config
 from vora_jax.llm.decoder import LanguageModel
 from vora_jax.ops.rope import RopeScaling
 from vora_jax.types import UserError
@@ -42,17 +42,16 @@ def new_style(config, **rope):
     ({'model_type': 'mistral', 'sliding_window': None}, {}),
 ])
 def test_old_and_new_style(changes, expected):
-    wanted = dataclasses.replace(LLM, **expected)
+    wanted = dataclasses.replace(LLM, max_positions=64, **expected)
     config = OLD | changes
     assert llm_from_config(config) == llm_from_config(new_style(config)) == wanted
-    assert llm_from_config(llm_to_config(wanted, 64)) == wanted
-    assert max_positions(config) == 64
+    assert llm_from_config(llm_to_config(wanted)) == wanted
 
 
 def test_what_a_short_configuration_leaves_to_its_family():
     # LLaVA's text_config is as short as this.
     llm = llm_from_config({'model_type': 'llama', 'rms_norm_eps': 1e-5, 'vocab_size': 32064})
-    assert llm == LanguageModel(32064, 32, 4096, 11008, 32, 32, 128, 1e4, 1e-5)
+    assert llm == LanguageModel(32064, 32, 4096, 11008, 32, 32, 128, 1e4, 1e-5, max_positions=2048)
 
 
 @pytest.mark.parametrize('changes, message', [
@@ -78,4 +77,4 @@ def test_what_is_not_supported_is_named(changes, message):
                                      {'biases': ('gate_proj', 'up_proj')}])
 def test_no_stock_model(changes):
     with pytest.raises(UserError, match='no stock Qwen2, Qwen3 or Llama has biases on'):
-        llm_to_config(dataclasses.replace(LLM, **changes), 64)
+        llm_to_config(dataclasses.replace(LLM, **changes))

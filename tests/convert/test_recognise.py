@@ -119,7 +119,7 @@ def num_parameters(found):
 @pytest.mark.parametrize('name', LLMS)
 def test_language_models(name):
     config, llm, count = LLMS[name]
-    found = recognise(config, {})
+    found, llm = recognise(config, {}), dataclasses.replace(llm, max_positions=config['max_position_embeddings'])
     assert found.arguments == {'llm': llm}
     assert (found.family, found.method, found.stage) == (config['model_type'], 'language_model', 'pretrain')
     assert recognise(new_style(config), {}) == found
@@ -202,7 +202,7 @@ def test_vora_is_read_from_its_tensors():
     last = {attention(27, 'q_proj'): (3584, 3584), attention(27, 'q_proj', 'bias'): (3584,)}
     merged = recognise(VORA, EMBED | last)
     assert (merged.method, merged.stage, merged.arguments['extra_biases']) == ('vora', 'finetune', False)
-    assert merged.arguments['llm'] == LLMS['Qwen2.5-7B'][1]
+    assert merged.arguments['llm'] == dataclasses.replace(LLMS['Qwen2.5-7B'][1], max_positions=131072)
     embed = merged.arguments['patch_embed']
     assert (embed.positions, embed.norm_eps, embed.table_rows) == ('sincos', 1e-6, 32)
     assert merged.hints['template'] == 'vora' and merged.hints['image'] == {

@@ -57,7 +57,7 @@ def test_our_configuration_and_names_load_in_transformers(case, written, tmp_pat
     import transformers
     model, (found, _, _, shapes, params, _) = written(case)
     part, = found.arguments.values()
-    config = llm_to_config(part, 4096) if case in LLMS else vit_to_config(part)
+    config = llm_to_config(part) if case in LLMS else vit_to_config(part)
     (tmp_path / 'config.json').write_text(json.dumps(config))
     save_file(dict(to_foreign(params, shapes, found.table)), tmp_path / 'model.safetensors', {'format': 'pt'})
     kind = getattr(transformers, config['architectures'][0])
@@ -214,7 +214,7 @@ def test_a_head_beside_the_embedding_it_is_tied_to(written):
 def test_configurations_give_themselves_again(written):
     for case in LLMS:
         llm = written(case, 'bfloat16')[1][0].arguments['llm']
-        assert llm_from_config(llm_to_config(llm, 64)) == llm, case
+        assert llm_from_config(llm_to_config(llm)) == llm, case
     for case in VITS:
         found = written(case, 'bfloat16')[1][0]
         vit = found.arguments['vit']

@@ -20,7 +20,7 @@ from vora_jax.vision.patch_embed import PatchEmbed
 from vora_jax.vision.vit import Vit
 
 QWEN_7B = LanguageModel(152064, num_layers=28, width=3584, mlp_width=18944, num_heads=28, num_kv_heads=4, head_dim=128,
-                        rope_theta=1e6, biases=('q_proj', 'k_proj', 'v_proj'))
+                        rope_theta=1e6, biases=('q_proj', 'k_proj', 'v_proj'), max_positions=32768)
 EMBED = PatchEmbed(positions='first_rows')
 CONFIG = {
     'model_type': 'vora', 'hidden_size': 3584, 'intermediate_size': 18944, 'num_hidden_layers': 28,

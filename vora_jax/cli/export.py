@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         done = export(
             source.params, source.model, source.prompting, args.to, rule=source.rule, layout=args.layout, merge=args.merge,
             dtype=args.dtype, base=args.base, template=source.template, provenance=source.provenance,
-            max_positions=source.max_positions, overwrite=args.overwrite, max_shard_bytes=int(args.max_shard_gb * 2**30),
+            overwrite=args.overwrite, max_shard_bytes=int(args.max_shard_gb * 2**30),
             probe=source.probe, on_bytes=on_bytes)
     done.seconds.update(open=round(opened, 3), compiling=round(compiling.seconds, 3))
     _report(args, source, done)

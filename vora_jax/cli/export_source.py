@@ -17,7 +17,6 @@ from vora_jax.training import checkpoint
 from vora_jax.types import Params
 
 # Stock configurations state a longest context; training knows only the length of its rows.
-_LEAST_POSITIONS = 4096
 
 
 class Source(NamedTuple):
@@ -47,14 +46,6 @@ class Source(NamedTuple):
     def template(self) -> str:
         """The content of chat_template.jinja."""
         return jinja(find_template(self.data.template), self.tokenizer) if self.tokenizer else ''
-
-    @property
-    def max_positions(self) -> int:
-        """The longest context that a configuration states, slots."""
-        llm = getattr(self.model, 'llm', None)
-        scaling = getattr(llm, 'rope_scaling', None)
-        stretched = round(scaling.factor * scaling.original_max_positions) if scaling else 0
-        return max(_LEAST_POSITIONS, self.data.max_slots, stretched)
 
     def probe(self) -> Batch | None:
         """A few made-up prompts; None where the model reads none."""

@@ -24,6 +24,7 @@ class LanguageModel:
     rope_theta: rotary base.    rope_scaling: stretches it for long contexts (Llama 3.1).
     biases: linears with a bias, such as ('q_proj', 'k_proj', 'v_proj') in Qwen2.
     qk_norm: an RMSNorm on each query and key head (Qwen3).    tied_head: the head is the embedding.
+    max_positions: the longest context it is made for, slots; exports state it, nothing here is limited by it.
     activation_dtype: of hidden states; parameters, norms, softmax, logits and losses stay f32.
     remat: `full` recomputes each layer in the backward pass.
     """
@@ -41,6 +42,7 @@ class LanguageModel:
     biases: tuple[str, ...] = ()
     qk_norm: bool = False
     tied_head: bool = False
+    max_positions: int = 4096
     activation_dtype: Literal['float32', 'bfloat16'] = 'float32'
     remat: Remat = 'none'
 

@@ -60,7 +60,7 @@ def plan(request: Request) -> Plan:
     embed = vision.encoder.patch_embed
     strategy = 'default' if embed.cls_token else 'full'
     layers = [tap if tap < 0 else tap - vision.encoder.num_layers for tap in vision.taps]
-    text = llm_to_config(what.model.llm, request.max_positions, request.dtype)
+    text = llm_to_config(what.model.llm, request.dtype)
     config = request.token_ids | {
         'architectures': ['LlavaForConditionalGeneration'], 'model_type': 'llava', 'vision_config': tower,
         'text_config': text, 'image_token_index': request.image_token_id, 'projector_hidden_act': 'gelu',

@@ -47,7 +47,7 @@ def plan(request: Request) -> Plan:
     if any(group.biases for group in request.what.model.groups):
         notes.append('Biases that only some layers were trained with are zero in the others; so the model is a Llama '
                      'with biases.')
-    config = llm_to_config(what.model.llm, request.max_positions, request.dtype) | request.token_ids
+    config = llm_to_config(what.model.llm, request.dtype) | request.token_ids
     part = Part(DECODER, what.params, what.shapes, {'config.json': config, 'generation_config.json': generation(request)})
     return Plan({'': part}, what.model, USAGE.format(folder='.'), tuple(notes))
 

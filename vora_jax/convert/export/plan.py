@@ -32,7 +32,6 @@ class Request(NamedTuple):
     prompting, rule: how prompts and pictures are made; rule None: a text-only model.
     image_token_id: of `<image>` in the exported tokenizer; None where that has none.
     base: name of the base model elsewhere; '' for none.    target: absolute path of the folder to be.
-    max_positions: the longest context that a stock configuration states, slots.
     """
 
     what: Exportable
@@ -42,7 +41,6 @@ class Request(NamedTuple):
     image_token_id: int | None = None
     base: str = ''
     target: str = ''
-    max_positions: int = 4096
 
     @property
     def token_ids(self) -> dict[str, int]:

@@ -55,7 +55,7 @@ class Exported:
 
 def export(params: Params, model: Any, prompting: Prompting, folder: str, *, rule: VisionTokenRule | None = None,
            layout: str | None = None, merge: bool = False, dtype: str = 'keep', base: str = '', template: str = '',
-           provenance: Provenance = Provenance(), max_positions: int = 4096, overwrite: bool = False,
+           provenance: Provenance = Provenance(), overwrite: bool = False,
            max_shard_bytes: int = 4 << 30, probe: Callable[[], Batch | None] = lambda: None,
            on_bytes: Callable[[int, int], None] = lambda done, total: None) -> Exported:
     """Writes a folder in one of the layouts of `export_layouts`; it appears when it is complete.
@@ -71,7 +71,6 @@ def export(params: Params, model: Any, prompting: Prompting, folder: str, *, rul
         base: name of the base model elsewhere, for `peft` and `vora`.
         template: chat template, as the content of chat_template.jinja; '' for ChatML with the system message.
         provenance: for the model card.
-        max_positions: the longest context that a stock configuration states, slots.
         overwrite: replaces an earlier export; never another folder.
         max_shard_bytes: files grow to about this size.
         probe: gives prompts on which the effect of a cast on logits is measured; None measures weights only.
@@ -91,7 +90,7 @@ def export(params: Params, model: Any, prompting: Prompting, folder: str, *, rul
     narrow = dtype if dtype != 'float32' else 'bfloat16'  # of a merge in float32: what a later cast would lose
     losses = Losses(narrow) if merged or _loses(source, dtype) else None
     clock('check')
-    request = Request(what, dtype, prompting, rule, None, base, os.path.abspath(folder), max_positions)
+    request = Request(what, dtype, prompting, rule, None, base, os.path.abspath(folder))
     if layout != 'own' and layout != 'llava':
         plan_of(request, layout)  # refusals before anything is written
     with new_folder(folder, overwrite, is_export) as partial:

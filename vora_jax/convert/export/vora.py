@@ -56,7 +56,7 @@ def plan(request: Request) -> Plan:
     if not request.base:
         notes.append('config.json names no base model: set `llm` to a folder or hub id of the base language model, which '
                      'VoRA\'s code loads first (or export with --base NAME).')
-    config = {key: value for key, value in llm_to_config(llm, request.max_positions, request.dtype).items()
+    config = {key: value for key, value in llm_to_config(llm, request.dtype).items()
               if key not in ('architectures', 'model_type')}
     config |= request.token_ids | {
         'architectures': ['VoRAForCausalLM'], 'model_type': 'vora',

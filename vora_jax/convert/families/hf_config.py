@@ -47,21 +47,16 @@ def llm_from_config(config: Config, where: str = 'config.json', family: str | No
         vocab_size=get['vocab_size'], num_layers=get['num_hidden_layers'], width=width, mlp_width=get['intermediate_size'],
         num_heads=heads, num_kv_heads=get['num_key_value_heads'] or heads, head_dim=get['head_dim'] or width // heads,
         rope_theta=float(theta), norm_eps=float(get['rms_norm_eps']), rope_scaling=scaling, biases=_biases(family, get),
-        qk_norm=family == 'qwen3', tied_head=bool(get['tie_word_embeddings']))
+        qk_norm=family == 'qwen3', tied_head=bool(get['tie_word_embeddings']),
+        max_positions=get['max_position_embeddings'])
 
 
-def max_positions(config: Config, family: str | None = None) -> int:
-    """The longest context that config.json states, slots."""
-    return _Reader(config, _DEFAULTS[family or config['model_type']], '')['max_position_embeddings']
-
-
-def llm_to_config(llm: LanguageModel, max_positions: int, dtype: str = 'float32') -> dict[str, Any]:
+def llm_to_config(llm: LanguageModel, dtype: str = 'float32') -> dict[str, Any]:
     """config.json of a stock model; `llm_from_config` gives `llm` again (activation_dtype and remat apart).
 
     Old-style names (`rope_theta`, `rope_scaling`, `torch_dtype`), which transformers 4.x and 5.x read alike.
 
     Args:
-        max_positions: the longest context, slots.
         dtype: of the weights.
 
     Raises:
@@ -71,7 +66,7 @@ def llm_to_config(llm: LanguageModel, max_positions: int, dtype: str = 'float32'
     config = {
         **_architecture(llm), 'vocab_size': llm.vocab_size, 'hidden_size': llm.width, 'intermediate_size': llm.mlp_width,
         'num_hidden_layers': llm.num_layers, 'num_attention_heads': llm.num_heads,
-        'num_key_value_heads': llm.num_kv_heads, 'hidden_act': 'silu', 'max_position_embeddings': max_positions,
+        'num_key_value_heads': llm.num_kv_heads, 'hidden_act': 'silu', 'max_position_embeddings': llm.max_positions,
         'rms_norm_eps': llm.norm_eps, 'rope_theta': llm.rope_theta, 'rope_scaling': None,
         'tie_word_embeddings': llm.tied_head, 'torch_dtype': dtype,
     }

@@ -121,6 +121,7 @@ def own_config(model: VisionLanguageModel, rule: VisionTokenRule | None, prompti
         'num_key_value_heads': llm.num_kv_heads, 'head_dim': llm.head_dim, 'hidden_act': 'silu',
         'rope': {'theta': llm.rope_theta, 'scaling': llm.rope_scaling and dataclasses.asdict(llm.rope_scaling)},
         'rms_norm_eps': llm.norm_eps, 'biases': llm.biases, 'qk_norm': llm.qk_norm, 'tie_word_embeddings': llm.tied_head,
+        'max_position_embeddings': llm.max_positions,
         'layer_groups': [] if plain else [{
             'num_layers': group.num_layers, 'biases': group.biases,
             'adapters': {linear: [dataclasses.asdict(adapter) for adapter in table] for linear, table in group.adapters},
@@ -147,7 +148,8 @@ def own_model(config: dict[str, Any]) -> tuple[VisionLanguageModel, VisionTokenR
             config['vocab_size'], config['num_hidden_layers'], config['hidden_size'], config['intermediate_size'],
             config['num_attention_heads'], config['num_key_value_heads'], config['head_dim'],
             config['rope']['theta'], config['rms_norm_eps'], scaling and RopeScaling(**scaling),
-            tuple(config['biases']), config['qk_norm'], config['tie_word_embeddings'])
+            tuple(config['biases']), config['qk_norm'], config['tie_word_embeddings'],
+            config['max_position_embeddings'])
         groups = tuple(LayerGroup(
             group['num_layers'], biases=tuple(group['biases']),
             adapters=tuple((linear, tuple(LowRank(**adapter) for adapter in table))

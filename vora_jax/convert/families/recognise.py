@@ -3,7 +3,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from vora_jax.convert.families import own_layout
-from vora_jax.convert.families.hf_config import LLM_FAMILIES, llm_from_config, max_positions
+from vora_jax.convert.families.hf_config import LLM_FAMILIES, llm_from_config
 from vora_jax.convert.families.vit_config import vit_family, vit_from_config, vit_table
 from vora_jax.convert.families.vora_config import read_vora
 from vora_jax.convert.names import tables
@@ -187,8 +187,6 @@ def _hints(config: Config, family: str | None) -> dict[str, Any]:
                         ('eos_id', eos[0] if isinstance(eos, list) else eos)):
         if value is not None:
             hints[name] = value
-    if family in LLM_FAMILIES and 'max_positions' not in hints:
-        hints['max_positions'] = max_positions(config, family)
     return hints
 
 
