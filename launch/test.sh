@@ -20,6 +20,7 @@ installed=$SECONDS
 
 status=0
 "$python" -m ruff check --quiet --line-length 125 --select E,F,I,W vora_jax tests launch || status=$?
-"$python" -m pytest "$@" || status=$?
+# A file stays with one worker: its tests share what they compile.
+"$python" -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile "$@" || status=$?
 echo "test.sh: $((SECONDS - started)) s in all, $((SECONDS - installed)) s of it tests"
 exit "$status"

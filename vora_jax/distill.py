@@ -21,14 +21,14 @@ class Distillation:
     blocks: teacher blocks, counted from 0, targets being their unnormed outputs.
     pairing: `input_to_output` takes the state *entering* the layer (as VoRA's code does: head 0 sees the raw vision
         embedding); `output_to_output` the state *leaving* it (as VoRA's figure draws it).
-    head_eps: epsilon of the heads' norm.
+    head_eps: epsilon of the heads' norm (VoRA's code: 1e-5).
     """
 
     teacher: Vit
     layers: tuple[int, ...]
     blocks: tuple[int, ...]
-    pairing: Pairing = 'input_to_output'
-    head_eps: float = 1e-5
+    pairing: Pairing = 'output_to_output'
+    head_eps: float = 1e-6
 
     def __post_init__(self):
         if len(self.layers) != len(self.blocks):

@@ -66,7 +66,8 @@ def vora(
     num_adapted_layers: int = 24,
     targets: tuple[str, ...] = LINEARS,
     distill_weight: float = 1.0,
-    pairing: Pairing = 'input_to_output',
+    pairing: Pairing = 'output_to_output',
+    head_eps: float = 1e-6,
     extra_biases: bool = False,
     join_adjacent_images: bool = False,
 ) -> Method:
@@ -76,7 +77,8 @@ def vora(
     teacher's block i, cosine, weight 1 (`distill_weight` 0 drops the teacher). finetune: the merged model, all trained.
 
     Quirks of the released code, off by default, on where an imported checkpoint has them: `extra_biases` gives every
-    adapted linear a trained bias; `join_adjacent_images`, see `VisionTokenRule`. `PatchEmbed.positions = 'first_rows'`.
+    adapted linear a trained bias; `join_adjacent_images`, see `VisionTokenRule`; `pairing` and `head_eps`, see
+    `Distillation`; `PatchEmbed.positions = 'first_rows'`.
     """
     if teacher.patch_embed.patch_size != patch_embed.patch_size:
         raise UserError(f'vora: the teacher\'s patches are {teacher.patch_embed.patch_size} pixels wide and the student\'s '
@@ -94,7 +96,7 @@ def vora(
     plain = ((), ())
     groups = group_layers([(table, i in paired, extra) for i in range(llm.num_layers)
                            for table, extra in [(adapters, biases) if i < num_adapted_layers else plain]])
-    distillation = Distillation(teacher, paired, paired, pairing) if paired else None
+    distillation = Distillation(teacher, paired, paired, pairing, head_eps) if paired else None
     adapted = VisionLanguageModel(llm, groups, PatchFrontend(patch_embed), distillation)
     trainable = ('*/adapter_*', 'frontend/*', *(f'decoder/*/{name}/bias' for name in biases))
     trainable += ('*/side/*',) if paired else ()

@@ -48,7 +48,7 @@ def read_vora(config: Config, tensors: Shapes, preprocessor: Config | None, teac
     targets = tuple(linear for linear in LINEARS if linear in lora or not lora and (not biases or linear in biases)
                     or not lora and linear in llm.biases)
     arguments = {'llm': llm, 'patch_embed': embed, 'scale': 1.0, 'num_adapted_layers': num_layers, 'targets': targets,
-                 'pairing': 'input_to_output', 'extra_biases': bool(biases), 'join_adjacent_images': True}
+                 'pairing': 'input_to_output', 'head_eps': 1e-5, 'extra_biases': bool(biases), 'join_adjacent_images': True}
     if lora:
         arguments['rank'] = next(shape[0] for name, shape in tensors.items() if name.endswith('.lora_A.weight'))
     has_teacher = any(name.startswith(_TRUNK) for name in tensors) and any(name.startswith(_HEAD) for name in tensors)
