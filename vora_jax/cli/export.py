@@ -2,7 +2,6 @@
 import argparse
 import dataclasses
 import json
-import pathlib
 import resource
 import time
 
@@ -10,6 +9,7 @@ import jax
 import tqdm
 
 from vora_jax.cli.export_source import Source, open_source
+from vora_jax.cli.json_report import write_report
 from vora_jax.convert.export.layouts import LAYOUTS
 from vora_jax.convert.export.to_hf import DTYPES, Exported, export
 from vora_jax.types import UserError
@@ -78,13 +78,8 @@ def _report(args: argparse.Namespace, source: Source, done: Exported) -> None:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         parameters = sum(leaf.nbytes for leaf in jax.tree.leaves(source.params))
         text = json.dumps(dataclasses.asdict(done) | {'peak_rss_bytes': peak, 'parameter_bytes': parameters}, indent=1)
-        if args.json == '-':
-            print(text)
+        if write_report(text, args.json):
             return
-        try:
-            pathlib.Path(args.json).write_text(text + '\n', encoding='utf-8')
-        except OSError as error:
-            raise UserError(f'--json {args.json} cannot be written ({error.strerror}); give another file.') from error
     print(f'{args.to}: layout {done.layout}, {done.num_parameters:,} parameters in {done.num_tensors} tensors, '
           f'{done.dtype}, {done.num_bytes / 2**20:,.1f} MiB')
     if done.dropped:

@@ -16,8 +16,6 @@ from vora_jax.model import VisionLanguageModel
 from vora_jax.training import checkpoint
 from vora_jax.types import Params
 
-# Stock configurations state a longest context; training knows only the length of its rows.
-
 
 class Source(NamedTuple):
     """An opened checkpoint.

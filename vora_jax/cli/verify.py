@@ -11,6 +11,7 @@ import numpy as np
 import tqdm
 
 from vora_jax.cli.export_source import Source, open_source
+from vora_jax.cli.json_report import write_report
 from vora_jax.cli.made_up_prompts import made_up_prompts
 from vora_jax.convert.export.to_hf import read_record
 from vora_jax.convert.verify.comparison import Comparison, Question, verify
@@ -95,13 +96,8 @@ def read_prompts(path: str, num: int) -> list[Prompt]:
 def _report(found: Comparison, args: argparse.Namespace) -> None:
     if args.json:
         text = json.dumps(dataclasses.asdict(found), ensure_ascii=False, indent=1)
-        if args.json == '-':
-            print(text)
+        if write_report(text, args.json):
             return
-        try:
-            pathlib.Path(args.json).write_text(text + '\n', encoding='utf-8')
-        except OSError as error:
-            raise UserError(f'--json {args.json} cannot be written ({error.strerror}); give another file.') from error
     print(f'{found.tensors} tensors compared bit for bit (layout {found.layout}, {found.dtype})')
     if found.worst_tensor:
         print(f'worst tensor: {found.worst_tensor}, largest difference {found.max_abs_tensor_diff:.2e}')
