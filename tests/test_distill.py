@@ -22,7 +22,7 @@ from vora_jax.data.packing import Budgets, Text, layout, stack
 from vora_jax.distill import Distillation, cosine
 from vora_jax.llm.decoder import Decoder
 from vora_jax.nn.slots import SlotContext
-from vora_jax.nn.stack import Tap, group_layers
+from vora_jax.nn.stack import LayerGroup, Tap, join_groups
 from vora_jax.params import flatten
 from vora_jax.vision.vit import VisionTransformer
 
@@ -34,9 +34,9 @@ PAIRS = {0: 1, 2: 0}
 def paired(pairing):
     model = vora().stage('pretrain').model
     adapters = model.groups[0].adapters
-    layers = [(adapters if layer < 3 else (), layer in PAIRS) for layer in range(LLM.num_layers)]
+    layers = [LayerGroup(1, adapters if layer < 3 else (), layer in PAIRS) for layer in range(LLM.num_layers)]
     distillation = Distillation(TEACHER, tuple(PAIRS), tuple(PAIRS.values()), pairing)
-    return model.clone(groups=group_layers(layers), distillation=distillation)
+    return model.clone(groups=join_groups(layers), distillation=distillation)
 
 
 @functools.cache

@@ -36,16 +36,16 @@ class Patches(NamedTuple):
 class Batch(NamedTuple):
     """Rows of packed samples ("segments").
 
-    tokens: i32[B, S] token ids; 0 in vision and pad slots.
+    tokens: i32[B, S] token ids; 0 in vision and pad slots; in ROUTE slots 1 with pictures, else 0.
     targets: i32[B, S] the id each slot predicts (already shifted); 0 where loss_mask is 0.
     loss_mask: f32[B, S] weight of each slot's language loss.
-    modality: i8[B, S] PAD 0, TEXT 1, VISION 2.
+    modality: i8[B, S] PAD 0, TEXT 1, VISION 2, ROUTE 3.
     key_start, key_stop: i32[B, S] slots of the same row that each slot sees; equal in pad slots.
     positions: i32[B, S] rotary position, from 0 in each segment.
     route_slot: i32[B, S] slot whose state routes this one; its own where nothing routes.
     segment_id: i32[B, S] from 1; 0 is padding.
     vision_slot: i32[B, Q] slot of the q-th vision token; -1 where there is none.
-    vision_source: i32[B, Q] which front-end output (index into P) feeds it; 0 where there is none.
+    vision_source: i32[B, Q] which front-end output feeds it (`VisionTokenRule.sources`); 0 where there is none.
     patches: the pictures, or None in a run without any.
     bad_samples: i32[B] samples of this row that could not be read and were given zero weight.
     """

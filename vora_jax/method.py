@@ -3,27 +3,47 @@
 Plain frozen dataclasses that name no array library, so that the data pipeline can read them.
 """
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclasses.dataclass(frozen=True)
 class VisionTokenRule:
     """How many language-model slots an image takes, and what its slots see.
 
-    patch_size: side of a square patch, pixels. An image of `rows x cols` patches takes `rows * cols` slots.
+    patch_size: side of a square patch, pixels.
     cls: the encoder has a [cls] token: each image's patches come after one [cls] slot of their own.
     bidirectional: an image's slots see the whole image; otherwise they are as causal as text.
     join_adjacent: images with no text between them see each other as one block, a quirk of VoRA's code.
+    select: the places of an image that become tokens: its patches, or its [cls] alone.
+    tokens_per_place: tokens made of each of them; the first of all places comes before the second of any.
+    route_token: each segment begins with a ROUTE slot that no other slot sees; its token is 1 where the segment has a
+        picture, else 0.
     """
 
     patch_size: int
     cls: bool = False
     bidirectional: bool = True
     join_adjacent: bool = False
+    select: Literal['patch', 'cls'] = 'patch'
+    tokens_per_place: int = 1
+    route_token: bool = False
 
     def num_tokens(self, rows: int, cols: int) -> int:
         """Vision tokens of an image of `rows x cols` patches."""
-        return rows * cols
+        return self.tokens_per_place * (rows * cols if self.select == 'patch' else 1)
+
+    def max_tokens(self, patches: int, images: int) -> int:
+        """Vision tokens that a row of so many patches and images can need: its static budget Q."""
+        return self.tokens_per_place * (patches if self.select == 'patch' else images)
+
+    def sources(self, rows: int, cols: int, place: int, image: int) -> list[int]:
+        """The front-end output (`Batch.vision_source`) of each token of an image.
+
+        place: its first place in `Patches`.    image: its number in the row.
+        """
+        first = place + self.cls
+        places = range(first, first + rows * cols) if self.select == 'patch' else [image]
+        return [place * self.tokens_per_place + kind for kind in range(self.tokens_per_place) for place in places]
 
     def num_places(self, rows: int, cols: int) -> int:
         """Places such an image takes in `Patches`: its patches and its [cls] slot."""

@@ -10,10 +10,10 @@ import numpy as np
 from vora_jax.batch import Batch, Output
 from vora_jax.distill import Distillation, DistillHead
 from vora_jax.llm.decoder import Decoder, LanguageModel, unembedding
-from vora_jax.nn.slots import SlotContext
+from vora_jax.nn.slots import SlotContext, vision_token
 from vora_jax.nn.stack import LayerGroup
 from vora_jax.ops.attention import attention
-from vora_jax.types import VISION, Array, Params
+from vora_jax.types import ROUTE, Array, Params
 from vora_jax.vision.encoder_frontend import EncoderFrontend
 from vora_jax.vision.patch_frontend import PatchFrontend
 from vora_jax.vision.vit import VisionTransformer
@@ -25,6 +25,7 @@ class VisionLanguageModel(nn.Module):
     llm: sizes of the language model.    groups: its layers, with their adapters.
     vision: the front end that feeds vision slots; None for a plain language model.
     distillation: heads and teacher of the training stage that has them.
+    route_token: ROUTE slots hold a learned vector, one for segments without pictures and one for those with some.
     attend: attention function; `training.sharding` gives a sharded one.
     """
 
@@ -32,6 +33,7 @@ class VisionLanguageModel(nn.Module):
     groups: tuple[LayerGroup, ...]
     vision: PatchFrontend | EncoderFrontend | None = None
     distillation: Distillation | None = None
+    route_token: bool = False
     attend: Callable = attention
     deterministic: bool = True
 
@@ -47,7 +49,10 @@ class VisionLanguageModel(nn.Module):
                                      distillation.head_eps, name='side')
             self.teacher = VisionTransformer(distillation.teacher, self.attend, dtype=self.llm.dtype)
         if self.vision is not None:
-            self.frontend = self.vision.module(self.llm.width, self.attend, self.llm.dtype)
+            self.frontend = self.vision.module(self.llm.width, self.attend, self.llm.dtype, self.deterministic)
+        if self.route_token:
+            init = nn.with_logical_partitioning(nn.initializers.normal(1.0), (None, 'embed'))
+            self.modality_embedding = self.param('modality_embedding', init, (2, self.llm.width), jnp.float32)
         self.decoder = Decoder(self.llm, self.groups, side, self.attend, self.deterministic)
 
     @property
@@ -57,8 +62,10 @@ class VisionLanguageModel(nn.Module):
 
     def __call__(self, batch: Batch, adapters_on: Array | None = None) -> Output:
         """Runs a batch; `adapters_on: bool[] or bool[B]` switches all adapters (None: on)."""
-        context = SlotContext(batch.key_range, batch.modality, adapters_on=adapters_on)
-        features, vision_slot = None, batch.vision_slot
+        vision_slot = batch.vision_slot
+        context = SlotContext(batch.key_range, batch.modality, adapters_on=adapters_on, route_slot=batch.route_slot,
+                              vision_slot=vision_slot)
+        features = None
         if self.distillation is not None:
             features = self._teacher_features(batch)
         hidden, _, side = self.decoder(self.embed(batch), batch.positions, context, None, features, vision_slot)
@@ -66,19 +73,20 @@ class VisionLanguageModel(nn.Module):
         return Output(hidden, distill_sum, jnp.sum(vision_slot >= 0).astype(jnp.float32))
 
     def embed(self, batch: Batch) -> jax.Array:
-        """f[B, S, D]: token embeddings, with front-end outputs in the vision slots."""
+        """f[B, S, D]: token embeddings, with front-end outputs in the vision slots and modality vectors in ROUTE slots."""
         x = self.decoder.embed(batch.tokens)
+        if self.route_token:
+            vectors = self.modality_embedding[jnp.minimum(batch.tokens, 1)].astype(x.dtype)
+            x = jnp.where((batch.modality == ROUTE)[..., None], vectors, x)
         if self.vision is None:
             return x
         outputs = self.frontend(batch.patches)
-        is_vision = batch.modality == VISION
-        # The q-th vision slot of a row takes its q-th vision token, so its index is a running count.
-        token = jnp.maximum(jnp.cumsum(is_vision, axis=1, dtype=jnp.int32) - 1, 0)
-        source = jnp.take_along_axis(batch.vision_source, token, axis=1)
-        return jnp.where(is_vision[..., None], jnp.take_along_axis(outputs, source[..., None], axis=1), x)
+        token = vision_token(batch.modality)
+        source = jnp.take_along_axis(batch.vision_source, jnp.maximum(token, 0), axis=1)
+        return jnp.where((token >= 0)[..., None], jnp.take_along_axis(outputs, source[..., None], axis=1), x)
 
     def decode(self, x: jax.Array, positions: jax.Array, context: SlotContext, cache):
-        """(f[B, T, D], cache): new slots x against a cache of (keys, values), each f[L, B, S, K, H]."""
+        """(f[B, T, D], cache): new slots x against a cache of all layers."""
         hidden, cache, _ = self.decoder(x, positions, context, cache)
         return hidden, cache
 

@@ -78,6 +78,18 @@ def count(params: Params) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
+_COPY = re.compile(r'(.*)/adapter_\d+/(kernel|bias)')
+
+
+def starts_as(path: str) -> str | None:
+    """The path of the parameter that this one starts as a copy of, or None: a `ModalityKernel` is a copy of its linear.
+
+    starts_as('.../q_proj/adapter_0/kernel') is '.../q_proj/kernel'.
+    """
+    match = _COPY.fullmatch(path)
+    return f'{match[1]}/{match[2]}' if match else None
+
+
 _LAYERS = re.compile(r'(?P<stack>.*/)group_(?P<index>\d+)/(?P<leaf>.*)')
 
 

@@ -12,8 +12,8 @@ from typing import Any, Literal, NamedTuple
 Array = Any  # numpy.ndarray on the host, jax.Array on the device
 Params = Any  # a nested dict of arrays
 
-# What a slot of a row holds (Batch.modality).
-PAD, TEXT, VISION = 0, 1, 2
+# What a slot of a row holds (Batch.modality). A ROUTE slot tells adapters what kind of segment it begins.
+PAD, TEXT, VISION, ROUTE = 0, 1, 2, 3
 
 Scope = Literal['all', 'vision', 'text']
 

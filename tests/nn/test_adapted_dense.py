@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from tiny_model import random_params, strict  # noqa: F401
 
+from vora_jax.merge import plan_fold
 from vora_jax.nn.adapted_dense import AdaptedDense
 from vora_jax.nn.adapters import LowRank
 from vora_jax.nn.slots import SlotContext
@@ -15,7 +16,7 @@ X = np.random.default_rng(0).normal(size=(2, 5, 6)).astype(np.float32)
 
 
 def context(adapters_on=None):
-    return SlotContext(None, MODALITY, adapters_on=adapters_on)
+    return SlotContext(None, MODALITY, adapters_on=adapters_on, vision_slot=np.int32([[1, 2, -1], [-1, -1, -1]]))
 
 
 def layer(*adapters):
@@ -78,4 +79,4 @@ def test_folding_gives_the_same_layer():
                                                        (params['kernel'], params['adapter_0'])))
     np.testing.assert_allclose(stacked[0], kernel, atol=1e-6)
     with pytest.raises(UserError, match="scope 'text' cannot be folded"):
-        LowRank(2, scope='text').fold(params['kernel'], params['adapter_0'])
+        plan_fold((LowRank(2, scope='text'),))

@@ -8,15 +8,15 @@ from tiny_model import SHORT, apply, batch, gradients, quick_jit, random_params,
 
 from vora_jax.nn.adapters import LowRank
 from vora_jax.nn.norms import RMSNorm
-from vora_jax.nn.stack import LayerGroup, group_layers
+from vora_jax.nn.stack import LayerGroup, join_groups
 from vora_jax.params import flatten, regroup, unflatten
 
 ADAPTERS = (('q_proj', (LowRank(2),)),)
 
 
 def test_layers_that_are_alike_share_a_group():
-    layers = [(ADAPTERS, True), (ADAPTERS, True), (ADAPTERS, False), ((), False), ((), False)]
-    assert group_layers(layers) == (LayerGroup(2, ADAPTERS, True), LayerGroup(1, ADAPTERS), LayerGroup(2))
+    layers = [LayerGroup(1, ADAPTERS, True), LayerGroup(1, ADAPTERS, True), LayerGroup(1, ADAPTERS), LayerGroup(2)]
+    assert join_groups(layers) == (LayerGroup(2, ADAPTERS, True), LayerGroup(1, ADAPTERS), LayerGroup(2))
     assert vora().stage('pretrain').model.groups[0].num_layers == 2
 
 

@@ -35,8 +35,11 @@ def bindables() -> dict[str, Callable]:
     from vora_jax.data.config import Data, ImagePolicy, Source
     from vora_jax.evaluation.config import Eval
     from vora_jax.llm.decoder import LanguageModel
+    from vora_jax.nn.adapters import DualLowRank, LowRank, ModalityKernel
+    from vora_jax.nn.modality_mixture import ModalityMixture
     from vora_jax.ops.rope import RopeScaling
     from vora_jax.training.config import Checkpoint, Mesh, Optimizer, Train
+    from vora_jax.vision.cue_enhancer import CueEnhancer
     from vora_jax.vision.encoder_frontend import Projector
     from vora_jax.vision.patch_embed import PatchEmbed
     from vora_jax.vision.vit import Vit
@@ -46,8 +49,8 @@ def bindables() -> dict[str, Callable]:
         for name, f in vars(variants).items()
         if inspect.isfunction(f) and f.__module__ == variants.__name__ and not name.startswith('_')
     ]
-    leaves = [LanguageModel, RopeScaling, Vit, PatchEmbed, Projector, Source, ImagePolicy, Data, Optimizer, Mesh,
-              Checkpoint]
+    leaves = [LanguageModel, RopeScaling, Vit, PatchEmbed, Projector, CueEnhancer, LowRank, DualLowRank, ModalityKernel,
+              ModalityMixture, Source, ImagePolicy, Data, Optimizer, Mesh, Checkpoint]
     return {bindable.__name__: bindable for bindable in (*leaves, *methods, Train, Eval)}
 
 

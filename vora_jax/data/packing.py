@@ -9,7 +9,7 @@ import numpy as np
 
 from vora_jax.batch import Batch, Patches
 from vora_jax.method import VisionTokenRule
-from vora_jax.types import TEXT, VISION, Array
+from vora_jax.types import ROUTE, TEXT, VISION, Array
 
 
 class Text(NamedTuple):
@@ -28,7 +28,7 @@ class Picture(NamedTuple):
 
 
 class Budgets(NamedTuple):
-    """Static sizes of a row: slots S, patches P with [cls] slots (= vision tokens Q), images M. patch_dim 0: no pictures."""
+    """Static sizes of a row: slots S, patches P with [cls] slots, images M. patch_dim 0: no pictures."""
 
     slots: int
     patches: int = 0
@@ -65,20 +65,28 @@ def layout(segments: Sequence[Sequence[Text | Picture]], budgets: Budgets, bad_s
     supervised = np.zeros(num_slots, bool)
     loss_mask = np.zeros(num_slots, np.float32)
     modality = np.zeros(num_slots, np.int8)
-    vision_slot = np.full(num_patches, -1, np.int32)
-    vision_source = np.zeros(num_patches, np.int32)
+    rule = rule or VisionTokenRule(1)
+    num_tokens = rule.max_tokens(num_patches, num_images)
+    route_slot = np.arange(num_slots, dtype=np.int32)
+    vision_slot = np.full(num_tokens, -1, np.int32)
+    vision_source = np.zeros(num_tokens, np.int32)
     pixels = np.zeros((num_patches, patch_dim), pixel_dtype)
     patch_row, patch_col = np.full((2, num_patches), -1, np.int16)
     image_id = np.full(num_patches, -1, np.int32)
     patch_start, patch_stop = np.zeros((2, num_patches), np.int32)
     grid = np.zeros((num_images, 2), np.int32)
 
-    rule = rule or VisionTokenRule(1)
     slot = patch = image = token = 0
     for number, segment in enumerate(segments, 1):
         first, block = slot, None  # block: first slot of the pictures that see each other
+        if rule.route_token:
+            if slot >= num_slots:
+                raise ValueError(f'{slot + 1} slots do not fit into a row of {num_slots}.')
+            tokens[slot] = any(isinstance(part, Picture) for part in segment)
+            modality[slot], key_stop[slot] = ROUTE, slot + 1
+            slot += 1
         for part in segment:
-            size = len(part.ids) if isinstance(part, Text) else len(part.pixels)
+            size = len(part.ids) if isinstance(part, Text) else rule.num_tokens(part.rows, part.cols)
             end = slot + size
             if end > num_slots:
                 raise ValueError(f'{end} slots do not fit into a row of {num_slots}.')
@@ -97,17 +105,19 @@ def layout(segments: Sequence[Sequence[Text | Picture]], budgets: Budgets, bad_s
                 if rule.bidirectional:
                     block = block if block is not None and rule.join_adjacent else slot
                     key_stop[block:end] = end
-                there = slice(places.stop - size, places.stop)  # behind the [cls] slot
+                there = slice(places.start + rule.cls, places.stop)
                 vision_slot[token:token + size] = np.arange(slot, end)
-                vision_source[token:token + size] = np.arange(there.start, there.stop)
+                vision_source[token:token + size] = rule.sources(part.rows, part.cols, places.start, image)
                 pixels[there] = part.pixels
-                patch_row[there], patch_col[there] = np.divmod(np.arange(size), part.cols)
+                patch_row[there], patch_col[there] = np.divmod(np.arange(len(part.pixels)), part.cols)
                 image_id[places] = image
                 patch_start[places], patch_stop[places] = places.start, places.stop
                 grid[image] = part.rows, part.cols
                 patch, image, token = places.stop, image + 1, token + size
             slot = end
         key_start[first:slot] = first
+        if rule.route_token:
+            key_start[first + 1:slot], route_slot[first:slot] = first + 1, first
         positions[first:slot] = np.arange(slot - first)
         segment_id[first:slot] = number
         if slot > first:
@@ -119,7 +129,7 @@ def layout(segments: Sequence[Sequence[Text | Picture]], budgets: Budgets, bad_s
     return Batch(
         tokens=tokens, targets=targets, loss_mask=loss_mask, modality=modality,
         key_start=key_start, key_stop=key_stop, positions=positions,
-        route_slot=np.arange(num_slots, dtype=np.int32), segment_id=segment_id,
+        route_slot=route_slot, segment_id=segment_id,
         vision_slot=vision_slot, vision_source=vision_source,
         patches=patches if patch_dim else None,
         bad_samples=np.asarray(bad_samples, np.int32))

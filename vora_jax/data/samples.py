@@ -46,6 +46,7 @@ class Samples:
             patch_dim = rule.patch_size ** 2 * 3
             self.budgets = Budgets(data.max_slots, data.max_patches, data.max_images, patch_dim)
         self._policy = data.image_policy
+        self._lead = int(rule is not None and rule.route_token)  # slots before a sample's own
 
     def __len__(self) -> int:
         return sum(self.sizes)
@@ -61,7 +62,7 @@ class Samples:
         pieces, grids = self._fit(where, turns, paths)
         shown = [grids[piece.index] for piece in pieces if isinstance(piece, Image)]
         text = sum(len(piece.ids) for piece in pieces if isinstance(piece, Text))
-        slots = text + sum(self._num_slots(grid) for grid in shown)
+        slots = self._lead + text + sum(self._num_slots(grid) for grid in shown)
         return slots, sum(self.rule.num_places(*grid) for grid in shown), len(shown)
 
     def segment(self, number: int) -> list[Text | Picture]:
@@ -87,7 +88,7 @@ class Samples:
         """The leading turns that fit a row, and the grids of their pictures. Never cuts inside a turn."""
         kept: Turn = []
         grids: dict[int, tuple[int, int]] = {}
-        limits, slots, patches = self.budgets, 0, 0
+        limits, slots, patches = self.budgets, self._lead, 0
         for turn in turns:
             for piece in turn:
                 if isinstance(piece, Image):

@@ -89,6 +89,7 @@ class PromptRows:
     def _size(self, pieces: Sequence[Text | Image], grids: Sequence[tuple[int, int]]) -> tuple[int, int, int]:
         """(slots, patches, images) of a prompt."""
         slots = sum(len(piece.ids) for piece in pieces if isinstance(piece, Text))
+        slots += self._rule is not None and self._rule.route_token
         patches = sum(self._rule.num_places(*grid) for grid in grids)
         return slots + sum(self._rule.num_tokens(*grid) for grid in grids), patches, len(grids)
 

@@ -6,15 +6,18 @@ import jax
 import jax.numpy as jnp
 
 from vora_jax.batch import Batch
-from vora_jax.llm.decoder import LanguageModel
+from vora_jax.nn.cache import Cache
 from vora_jax.nn.slots import SlotContext
-from vora_jax.types import PAD, Array, KeyRange, Params
+from vora_jax.types import PAD, TEXT, Array, KeyRange, Params
 
 
-def empty_cache(llm: LanguageModel, batch: int, num_slots: int) -> tuple[jax.Array, jax.Array]:
-    """(keys, values), each zeros f[L, B, S, K, H], for rows of `num_slots` slots."""
+def empty_cache(model: Any, batch: int, num_slots: int) -> Cache:
+    """Zeros for all layers of a `VisionLanguageModel` and rows of `num_slots` slots."""
+    llm = model.llm
     shape = (llm.num_layers, batch, num_slots, llm.num_kv_heads, llm.head_dim)
-    return jnp.zeros(shape, llm.dtype), jnp.zeros(shape, llm.dtype)
+    mixtures = {site: mixture for group in model.groups for site, mixture in group.mixtures if mixture.route_by == 'slot'}
+    routes = {site: jnp.zeros((*shape[:3], mixture.num_experts), jnp.float32) for site, mixture in mixtures.items()}
+    return Cache(jnp.zeros(shape, llm.dtype), jnp.zeros(shape, llm.dtype), routes)
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'max_new_tokens', 'eos_id'))
@@ -43,13 +46,15 @@ def greedy(model: Any, params: Params, prompts: Batch, *, max_new_tokens: int, e
         return jnp.argmax(jnp.dot(hidden.astype(jnp.float32), kernel.astype(jnp.float32)), axis=-1).astype(jnp.int32)
 
     slots = jnp.broadcast_to(jnp.arange(num_slots, dtype=jnp.int32)[None], (num_rows, num_slots))
-    context = SlotContext(prompts.key_range, prompts.modality, adapters_on=adapters_on, write_slot=slots)
-    cache = empty_cache(model.llm, num_rows, num_slots + max_new_tokens)
+    context = SlotContext(prompts.key_range, prompts.modality, adapters_on=adapters_on, write_slot=slots,
+                          route_slot=prompts.route_slot, vision_slot=prompts.vision_slot)
+    cache = empty_cache(model, num_rows, num_slots + max_new_tokens)
     x = model.apply(variables, prompts, method='embed')
     hidden, cache = model.apply(variables, x, prompts.positions, context, cache, method='decode')
     first = next_token(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])
     position = jnp.take_along_axis(prompts.positions, last[:, None], axis=1)
     start = jnp.take_along_axis(prompts.key_start, last[:, None], axis=1)
+    route = jnp.take_along_axis(prompts.route_slot, last[:, None], axis=1)
 
     def unfinished(carry):
         step, _, ended, _, _ = carry
@@ -58,7 +63,8 @@ def greedy(model: Any, params: Params, prompts: Batch, *, max_new_tokens: int, e
     def decode(carry):
         step, token, ended, cache, answer = carry
         slot = length[:, None] + step - 1  # of the token generated last
-        context = SlotContext(KeyRange(start, slot + 1), jnp.ones_like(slot), adapters_on=adapters_on, write_slot=slot)
+        context = SlotContext(KeyRange(start, slot + 1), jnp.full_like(slot, TEXT), adapters_on=adapters_on,
+                              write_slot=slot, route_slot=route, vision_slot=prompts.vision_slot[:, :0])
         x = model.apply(variables, token[:, None], method='embed_tokens')
         hidden, cache = model.apply(variables, x, position + step, context, cache, method='decode')
         token = jnp.where(ended, 0, next_token(hidden[:, 0]))

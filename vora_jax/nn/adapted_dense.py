@@ -1,17 +1,21 @@
 """A linear layer and its adapters."""
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vora_jax.nn.adapters import LowRank
-from vora_jax.nn.slots import SlotContext, scope_mask
+from vora_jax.nn.adapters import Adapter
+from vora_jax.nn.slots import SlotContext, scope_mask, vision_token
 from vora_jax.ops.linear import linear
+from vora_jax.ops.take_slots import take_slots
 
 
 class AdaptedDense(nn.Module):
     """f[B, T, features]: a base kernel plus a tuple of adapters, each on the slots of its scope.
 
-    Where an adapter does not act, the result is the base layer's, bit for bit: it is selected, not multiplied by 0.
+    Where an adapter does not act, the result is the base layer's, bit for bit: it is selected, not multiplied by 0. An
+    adapter of scope `vision` is evaluated on the vision slots alone, gathered to their static budget Q.
 
     features: output width.
     axes: logical names of the kernel's two dimensions.
@@ -19,21 +23,31 @@ class AdaptedDense(nn.Module):
 
     features: int
     axes: tuple[str, str]
-    adapters: tuple[LowRank, ...] = ()
+    adapters: tuple[Adapter, ...] = ()
     use_bias: bool = False
     deterministic: bool = True
+    kernel_init: Callable = nn.initializers.lecun_normal()
+    bias_init: Callable = nn.initializers.zeros
 
     @nn.compact
     def __call__(self, x: jax.Array, context: SlotContext) -> jax.Array:
-        kernel = self.param('kernel', nn.with_logical_partitioning(nn.initializers.lecun_normal(), self.axes),
+        kernel = self.param('kernel', nn.with_logical_partitioning(self.kernel_init, self.axes),
                             (x.shape[-1], self.features), jnp.float32)
-        y = linear(x, kernel)
+        y, bias = linear(x, kernel), None
         if self.use_bias:
-            bias = self.param('bias', nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:]),
+            bias = self.param('bias', nn.with_logical_partitioning(self.bias_init, self.axes[1:]),
                               (self.features,), jnp.float32)
             y = y + bias.astype(x.dtype)[None, None]
         for index, adapter in enumerate(self.adapters):
-            delta = adapter.branch(self.features, self.axes, self.deterministic, f'adapter_{index}')(x)
+            branch = adapter.branch(self.axes, self.deterministic, f'adapter_{index}')
             mask = scope_mask(context, adapter.scope)
-            y = y + delta if mask is None else jnp.where(mask[..., None], y + delta, y)
+            if adapter.scope != 'vision':
+                changed = branch(x, y, kernel, bias)
+            else:
+                slot, token = context.vision_slot, vision_token(context.modality)
+                changed = branch(take_slots(x, slot, token), take_slots(y, slot, token), kernel, bias)
+                if not slot.shape[1]:
+                    continue
+                changed = take_slots(changed, token, slot)
+            y = changed if mask is None else jnp.where(mask[..., None], changed, y)
         return y

@@ -1,4 +1,8 @@
-"""Low-rank adapters: configuration, branch and fold."""
+"""Adapters of a linear layer: configurations and branches.
+
+Each configuration says on which slots it acts (`scope`) and makes a Linen module that is called with the layer's input
+and output at those slots, and gives the new output.
+"""
 import dataclasses
 import math
 
@@ -6,8 +10,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vora_jax.nn.norms import LayerNorm
 from vora_jax.ops.linear import linear
-from vora_jax.types import Params, Scope, UserError
+from vora_jax.types import Params, Scope
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,41 +30,108 @@ class LowRank:
     dropout: float = 0.0
     scope: Scope = 'all'
 
-    def branch(self, features: int, axes: tuple[str, str], deterministic: bool, name: str) -> nn.Module:
-        """The Linen module that computes the addition, f[B, T, features]."""
-        return LowRankBranch(self, features, axes, deterministic, name=name)
+    def branch(self, axes: tuple[str, str], deterministic: bool, name: str) -> nn.Module:
+        """The Linen module that computes the new output."""
+        return LowRankBranch(self, axes, deterministic, name=name)
 
     def fold(self, kernel: jax.Array, params: Params) -> jax.Array:
-        """f32[..., D_in, D_out]: `kernel` plus this adapter's product, in f32; leading axes are layers.
-
-        Raises:
-            UserError: the adapter acts on some slots only, which no single kernel can express.
-        """
-        if self.scope != 'all':
-            raise UserError(f'merge: an adapter of scope {self.scope!r} cannot be folded into a kernel that all slots '
-                            "share; train with scope 'all' or export the model unmerged.")
+        """f32[..., D_in, D_out]: `kernel` plus this adapter's product, in f32; leading axes are layers."""
         low, high = (params[side].astype(jnp.float32) for side in ('a', 'b'))
         # Highest precision: a TPU's default would round the product to bf16.
         product = jnp.matmul(low, high, precision=jax.lax.Precision.HIGHEST)
         return kernel.astype(jnp.float32) + self.scale * product
 
 
+@dataclasses.dataclass(frozen=True)
+class DualLowRank:
+    """Adds `scale * (layer_norm(x @ a) * relu(x @ task)) @ b` (Jiao et al. 2024, arXiv 2411.12787, Dual-LoRA).
+
+    The second product is a factor for each rank channel that depends on the slot, so no kernel equals this and it cannot
+    be folded.
+
+    rank, scale, scope: as in `LowRank`.    dropout: rate on the input of `a` only.    norm_eps: of the norm.
+    """
+
+    rank: int = 32
+    scale: float = 2.0
+    dropout: float = 0.05
+    scope: Scope = 'all'
+    norm_eps: float = 1e-5
+
+    def branch(self, axes: tuple[str, str], deterministic: bool, name: str) -> nn.Module:
+        """The Linen module that computes the new output."""
+        return DualLowRankBranch(self, axes, deterministic, name=name)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModalityKernel:
+    """A kernel (and bias) of its own for the slots of its scope (LLaViT, arXiv 2511.10301); starts as a copy.
+
+    scope: the slots it acts on: vision or text.
+    """
+
+    scope: Scope = 'vision'
+
+    def branch(self, axes: tuple[str, str], deterministic: bool, name: str) -> nn.Module:
+        """The Linen module that computes the new output."""
+        return ModalityKernelBranch(axes, name=name)
+
+
+Adapter = LowRank | DualLowRank | ModalityKernel
+
+
 class LowRankBranch(nn.Module):
-    """The product of a `LowRank`; a is kaiming-uniform (U(+-1/sqrt(fan_in))), b is zero, so it starts at exactly 0."""
+    """The sum of a `LowRank`; a is kaiming-uniform (U(+-1/sqrt(fan_in))), b is zero, so it changes nothing at first."""
 
     adapter: LowRank
-    features: int
     axes: tuple[str, str]
     deterministic: bool
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        a = self.param('a', nn.with_logical_partitioning(_kaiming_uniform, (self.axes[0], 'rank')),
-                       (x.shape[-1], self.adapter.rank), jnp.float32)
-        b = self.param('b', nn.with_logical_partitioning(nn.initializers.zeros, ('rank', self.axes[1])),
-                       (self.adapter.rank, self.features), jnp.float32)
+    def __call__(self, x: jax.Array, y: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
+        a, b = _low(self, 'a', x), _high(self, y)
         x = nn.Dropout(self.adapter.dropout, deterministic=self.deterministic)(x)
-        return linear(linear(x, a) * jnp.asarray(self.adapter.scale, x.dtype), b)
+        return y + linear(linear(x, a) * jnp.asarray(self.adapter.scale, x.dtype), b)
+
+
+class DualLowRankBranch(nn.Module):
+    """The sum of a `DualLowRank`; a and task are kaiming-uniform, b is zero. The norm runs in f32."""
+
+    adapter: DualLowRank
+    axes: tuple[str, str]
+    deterministic: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array, y: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
+        a, task, b = _low(self, 'a', x), _low(self, 'task', x), _high(self, y)
+        skill = linear(nn.Dropout(self.adapter.dropout, deterministic=self.deterministic)(x), a)
+        skill = LayerNorm(self.adapter.norm_eps, axis='rank', name='norm')(skill)
+        return y + linear(skill * nn.relu(linear(x, task)) * jnp.asarray(self.adapter.scale, x.dtype), b)
+
+
+class ModalityKernelBranch(nn.Module):
+    """`x @ kernel + bias` with parameters of its own, which start as the layer's."""
+
+    axes: tuple[str, str]
+
+    @nn.compact
+    def __call__(self, x: jax.Array, y: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
+        def copied(name, value, axes):
+            return self.param(name, nn.with_logical_partitioning(lambda key: jnp.asarray(value, jnp.float32), axes))
+
+        out = linear(x, copied('kernel', kernel, self.axes))
+        return out if bias is None else out + copied('bias', bias, self.axes[1:]).astype(x.dtype)[None, None]
+
+
+def _low(branch: nn.Module, name: str, x: jax.Array) -> jax.Array:
+    shape = x.shape[-1], branch.adapter.rank
+    return branch.param(name, nn.with_logical_partitioning(_kaiming_uniform, (branch.axes[0], 'rank')), shape, jnp.float32)
+
+
+def _high(branch: nn.Module, y: jax.Array) -> jax.Array:
+    shape = branch.adapter.rank, y.shape[-1]
+    zeros = nn.with_logical_partitioning(nn.initializers.zeros, ('rank', branch.axes[1]))
+    return branch.param('b', zeros, shape, jnp.float32)
 
 
 def _kaiming_uniform(key, shape, dtype):

@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from vora_jax.nn.adapted_dense import AdaptedDense
-from vora_jax.nn.adapters import LowRank
+from vora_jax.nn.adapters import Adapter
+from vora_jax.nn.cache import Cache, write_cache
+from vora_jax.nn.modality_mixture import MixtureBranch, MixtureTable
 from vora_jax.nn.norms import Norm, RMSNorm, norm
 from vora_jax.nn.slots import SlotContext
 from vora_jax.ops.attention import attention
@@ -18,7 +20,7 @@ from vora_jax.ops.rope import apply_rope
 LINEARS = ('q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj')
 
 # Which adapters sit on which linear of a block: ((linear, (adapter, ...)), ...).
-AdapterTable = tuple[tuple[str, tuple[LowRank, ...]], ...]
+AdapterTable = tuple[tuple[str, tuple[Adapter, ...]], ...]
 
 # `silu_gated`: silu(gate) * up (Llama, Qwen, AIMv2). The others have no gate: gelu (DINOv2), its tanh form (SigLIP), and
 # x * sigmoid(1.702 x) (CLIP).
@@ -52,21 +54,20 @@ class Block(nn.Module):
     """Pre-norm block: norm, attention, norm, MLP, each branch added to its input.
 
     adapters: of its linears.    biases: linears that have one beyond `shape.biases`.
+    mixtures: of its normed states.
     attend: attention function with the signature of `ops.attention.attention`.
     """
 
     shape: BlockShape
     adapters: AdapterTable = ()
     biases: tuple[str, ...] = ()
+    mixtures: MixtureTable = ()
     attend: Callable = attention
     deterministic: bool = True
 
     @nn.compact
-    def __call__(self, x: jax.Array, context: SlotContext, cache=None):
-        """(f[B, T, D] output, cache with this layer's keys and values written), for x: f[B, T, D].
-
-        cache: None, or (keys, values), each f[B, S, K, H]; new keys go to `context.write_slot`.
-        """
+    def __call__(self, x: jax.Array, context: SlotContext, cache: Cache | None = None):
+        """(f[B, T, D] output, cache with this layer's new slots written at `context.write_slot`), for x: f[B, T, D]."""
         shape, table = self.shape, dict(self.adapters)
 
         def linear(name, features, axes):
@@ -75,6 +76,7 @@ class Block(nn.Module):
             return functools.partial(dense, context=context)
 
         y = norm(shape.norm, shape.norm_eps, 'attention_norm')(x)
+        y, cache = self.mixed(y, 'attention', context, cache)
         q_width, kv_width = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
         q = linear('q_proj', q_width, ('embed', 'heads'))(y)
         k = linear('k_proj', kv_width, ('embed', 'kv'))(y)
@@ -86,13 +88,14 @@ class Block(nn.Module):
         if context.angles is not None:
             q, k = apply_rope(q, context.angles), apply_rope(k, context.angles)
         if cache is not None:
-            cache = tuple(write_cache(old, new, context.write_slot) for old, new in zip(cache, (k, v)))
-            k, v = cache
+            k, v = (write_cache(old, new, context.write_slot) for old, new in zip(cache[:2], (k, v)))
+            cache = cache._replace(keys=k, values=v)
         out = self.attend(q, k, v, context.key_range)
         out = linear('o_proj', shape.width, ('heads', 'embed'))(out.reshape(*out.shape[:2], q_width))
         x = x + self.scaled(out, 'attention_scale')
 
         y = norm(shape.norm, shape.norm_eps, 'mlp_norm')(x)
+        y, cache = self.mixed(y, 'mlp', context, cache)
         up = linear('up_proj', shape.mlp_width, ('embed', 'mlp'))
         if shape.activation == 'silu_gated':
             inner = nn.silu(linear('gate_proj', shape.mlp_width, ('embed', 'mlp'))(y)) * up(y)
@@ -100,6 +103,17 @@ class Block(nn.Module):
             inner = activate(up(y), shape.activation)
         out = linear('down_proj', shape.width, ('mlp', 'embed'))(inner)
         return x + self.scaled(out, 'mlp_scale'), cache
+
+    def mixed(self, y: jax.Array, site: str, context: SlotContext, cache: Cache | None):
+        """(y through the mixture of this site, where there is one; the cache)."""
+        mixture = dict(self.mixtures).get(site)
+        if mixture is None:
+            return y, cache
+        branch = MixtureBranch(mixture, self.deterministic, name=f'adapter_{site}')
+        if cache is None or site not in cache.routes:
+            return branch(y, context)[0], cache
+        y, routes = branch(y, context, cache.routes[site])
+        return y, cache._replace(routes=cache.routes | {site: routes})
 
     def scaled(self, x: jax.Array, name: str) -> jax.Array:
         """x times the layer scale of this name, where the shape has one."""
@@ -114,9 +128,3 @@ def activate(x: jax.Array, activation: Activation) -> jax.Array:
     if activation == 'gelu_quick':
         return x * nn.sigmoid(jnp.asarray(1.702, x.dtype) * x)
     return nn.gelu(x, approximate=activation == 'gelu_tanh')
-
-
-def write_cache(cache: jax.Array, new: jax.Array, write_slot: jax.Array) -> jax.Array:
-    """f[B, S, K, H]: `cache` with `new: f[B, T, K, H]` at slots `write_slot: i32[B, T]` of each row; others unchanged."""
-    rows = jnp.arange(cache.shape[0], dtype=jnp.int32)[:, None]
-    return cache.at[rows, write_slot].set(new.astype(cache.dtype), mode='drop')

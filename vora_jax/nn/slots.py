@@ -2,6 +2,7 @@
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from vora_jax.types import TEXT, VISION, Array, KeyRange, Scope
 
@@ -10,10 +11,12 @@ class SlotContext(NamedTuple):
     """Per-slot data shared by all layers of a stack.
 
     key_range: i32[B, T] twice; which keys each slot sees.
-    modality: i8[B, T] PAD, TEXT or VISION; None in a stack whose layers have no adapters (a vision encoder).
+    modality: i8[B, T] PAD, TEXT, VISION or ROUTE; None in a stack whose layers have no adapters (a vision encoder).
     angles: f32[B, T, H / 2] twice, rotary (cos, sin); None without rotary positions.
     adapters_on: bool[] or bool[B], the run-time switch of all adapters; None: on.
     write_slot: i32[B, T] cache slot each new key is written to; None without a cache.
+    route_slot: i32[B, T] slot whose state routes each slot (a cache slot where there is a cache).
+    vision_slot: i32[B, Q] slot of the q-th vision token, -1 none; adapters of scope `vision` need it.
     """
 
     key_range: KeyRange
@@ -21,6 +24,8 @@ class SlotContext(NamedTuple):
     angles: tuple[Array, Array] | None = None
     adapters_on: Array | None = None
     write_slot: Array | None = None
+    route_slot: Array | None = None
+    vision_slot: Array | None = None
 
 
 def scope_mask(context: SlotContext, scope: Scope) -> jax.Array | None:
@@ -32,3 +37,9 @@ def scope_mask(context: SlotContext, scope: Scope) -> jax.Array | None:
         return mask
     on = context.adapters_on.reshape(-1, 1)
     return on if mask is None else mask & on
+
+
+def vision_token(modality: jax.Array) -> jax.Array:
+    """i32[B, S]: the number of each vision slot among those of its row, from 0; -1 in other slots."""
+    is_vision = modality == VISION
+    return jnp.where(is_vision, jnp.cumsum(is_vision, axis=1, dtype=jnp.int32) - 1, -1)

@@ -1,7 +1,7 @@
 """Groups of equal layers, one scan each."""
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from vora_jax.nn.block import AdapterTable, Block, BlockShape
+from vora_jax.nn.cache import Cache
+from vora_jax.nn.modality_mixture import MixtureTable
 from vora_jax.nn.slots import SlotContext
 from vora_jax.ops.attention import attention
 
@@ -17,7 +19,7 @@ Remat = Literal['none', 'full']
 
 @dataclasses.dataclass(frozen=True)
 class LayerGroup:
-    """Consecutive layers that are alike: same adapters and biases, and all or none with the side module.
+    """Consecutive layers that are alike: same adapters, biases and mixtures, and all or none with the side module.
 
     Compile time grows with the number of groups, not of layers.
     biases: linears that have one beyond those of the block's shape.
@@ -27,12 +29,14 @@ class LayerGroup:
     adapters: AdapterTable = ()
     side: bool = False
     biases: tuple[str, ...] = ()
+    mixtures: MixtureTable = ()
 
 
-def group_layers(layers: Sequence[tuple]) -> tuple[LayerGroup, ...]:
-    """The shortest groups for per-layer (adapters, has side module[, biases]):
-    group_layers([(a, True), (a, True), ((), False)]) gives (LayerGroup(2, a, True), LayerGroup(1))."""
-    return tuple(LayerGroup(len(list(run)), *kind) for kind, run in itertools.groupby(layers))
+def join_groups(groups: Iterable[LayerGroup]) -> tuple[LayerGroup, ...]:
+    """The same layers in as few groups as possible:
+    join_groups([LayerGroup(1, a), LayerGroup(2, a), LayerGroup(1)]) gives (LayerGroup(3, a), LayerGroup(1))."""
+    runs = itertools.groupby(groups, lambda group: dataclasses.replace(group, num_layers=1))
+    return tuple(dataclasses.replace(kind, num_layers=sum(group.num_layers for group in run)) for kind, run in runs)
 
 
 class Stack(nn.Module):
@@ -50,11 +54,11 @@ class Stack(nn.Module):
     deterministic: bool = True
 
     @nn.compact
-    def __call__(self, x: jax.Array, context: SlotContext, cache=None, side_scanned: Any = None,
+    def __call__(self, x: jax.Array, context: SlotContext, cache: Cache | None = None, side_scanned: Any = None,
                  side_shared: Any = None):
         """(f[B, T, D], cache, side results): runs all layers on x: f[B, T, D].
 
-        cache: None or (keys, values), each f[L, B, S, K, H] over all layers.
+        cache: of all layers, with a leading axis L.
         side_scanned: a tree of [L_side, ...] arrays, one slice for each layer with a side module; None calls none.
         side_shared: a tree given whole to each side module.
         """
@@ -67,7 +71,7 @@ class Stack(nn.Module):
             scan = nn.scan(body, variable_axes={'params': 0}, split_rngs={'params': True, 'dropout': True},
                            in_axes=(nn.broadcast, 0, 0, nn.broadcast), length=group.num_layers,
                            metadata_params={nn.PARTITION_NAME: 'layers'})
-            module = scan(self.shape, group.adapters, group.biases, side, self.attend, self.deterministic,
+            module = scan(self.shape, group.adapters, group.biases, group.mixtures, side, self.attend, self.deterministic,
                           name=f'group_{index}')
             part = slice(layer, layer + group.num_layers)
             group_cache = jax.tree.map(lambda c: c[part], cache)
@@ -91,13 +95,14 @@ class ScannedLayer(nn.Module):
     shape: BlockShape
     adapters: AdapterTable
     biases: tuple[str, ...]
+    mixtures: MixtureTable
     side: Callable[[], nn.Module] | None
     attend: Callable
     deterministic: bool
 
     @nn.compact
     def __call__(self, x, context: SlotContext, cache, side_scanned, side_shared):
-        block = Block(self.shape, self.adapters, self.biases, self.attend, self.deterministic, name='block')
+        block = Block(self.shape, self.adapters, self.biases, self.mixtures, self.attend, self.deterministic, name='block')
         leaving, cache = block(x, context, cache)
         result = None
         if self.side is not None:

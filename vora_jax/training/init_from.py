@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vora_jax.params import flatten, regroup, unflatten
+from vora_jax.params import flatten, regroup, starts_as, unflatten
 from vora_jax.training.checkpoint import open_checkpoint
 from vora_jax.types import UserError
 
@@ -72,6 +72,10 @@ def take(entries: Iterable[str], shapes: Mapping[str, Any]) -> dict[str, np.ndar
                 )
         taken |= given
         log.info('%d parameters (%s values) from %s', len(given), f'{_size(given):,}', text)
+    copies = {path: taken[starts_as(path)] for path in shapes if path not in taken and starts_as(path) in taken}
+    if copies:
+        log.info('%d parameters (%s values) start as copies, such as %s', len(copies), f'{_size(copies):,}', min(copies))
+        taken |= copies
     fresh = {path: shape for path, shape in shapes.items() if path not in taken}
     if fresh and taken:
         values = sum(int(np.prod(shape.shape)) for shape in fresh.values())

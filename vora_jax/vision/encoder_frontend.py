@@ -1,6 +1,7 @@
-"""A vision encoder and its projector."""
+"""A vision encoder, fusion, projector: one front end."""
 import dataclasses
 from collections.abc import Callable
+from typing import Literal
 
 import flax.linen as nn
 import jax
@@ -8,65 +9,110 @@ import jax.numpy as jnp
 
 from vora_jax.batch import Patches
 from vora_jax.nn.adapted_dense import AdaptedDense
+from vora_jax.nn.modality_mixture import MixtureTable
 from vora_jax.nn.slots import SlotContext
 from vora_jax.ops.attention import attention
 from vora_jax.types import UserError
+from vora_jax.vision.cue_enhancer import CueEnhancer, CueEnhancerModule
 from vora_jax.vision.patch_embed import PatchEmbed
 from vora_jax.vision.vit import VisionTransformer, Vit
 
 
 @dataclasses.dataclass(frozen=True)
 class Projector:
-    """A stack of linears with GELU in between, to the language model's width.
+    """A stack of linears with an activation in between, to the language model's width.
 
     num_layers: 1 is a linear, 2 the MLP of LLaVA-1.5 (Liu et al. 2023).    bias: of its linears.
+    activation: between them.    hidden_width: of all but the last; 0 is the language model's width.
     """
 
     num_layers: int = 2
     bias: bool = True
+    activation: Literal['gelu', 'silu'] = 'gelu'
+    hidden_width: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class EncoderFrontend:
-    """A front end with an encoder: features of some of its blocks, concatenated by channel, then a projector.
+    """A front end with an encoder: features of some of its blocks, fused, then a projector.
 
     taps: blocks whose unnormed outputs are taken, counted from 0; negative ones from the end.
+    select: whose features go on: those of every patch, or of each image's [cls] slot alone.
+    fusion: taps side by side in the channels, or each as a token of its own, or a `CueEnhancer` of them.
+    mixtures: of the encoder's blocks.
     """
 
     encoder: Vit
     taps: tuple[int, ...] = (-2,)
     projector: Projector = Projector()
+    select: Literal['patch', 'cls'] = 'patch'
+    fusion: Literal['channels', 'tokens'] | CueEnhancer = 'channels'
+    mixtures: MixtureTable = ()
 
     def __post_init__(self):
         layers = self.encoder.num_layers
         if not self.taps or not all(-layers <= tap < layers for tap in self.taps):
             raise UserError(f'EncoderFrontend.taps = {self.taps} are not blocks of an encoder of {layers} layers.')
+        if self.select == 'cls' and not self.patch_embed.cls_token:
+            raise UserError("EncoderFrontend.select = 'cls' needs an encoder with a [cls] token; set "
+                            'PatchEmbed.cls_token = True or take another encoder.')
+        if isinstance(self.fusion, CueEnhancer):
+            if self.select == 'cls' or self.encoder.width % self.fusion.num_heads:
+                raise UserError(f'CueEnhancer: it needs patches (select = {self.select!r}) and num_heads '
+                                f'({self.fusion.num_heads}) that divide the encoder\'s width {self.encoder.width}.')
+            if not -len(self.taps) <= self.fusion.anchor < len(self.taps):
+                raise UserError(f'CueEnhancer.anchor = {self.fusion.anchor} is not one of {len(self.taps)} taps.')
 
     @property
     def patch_embed(self) -> PatchEmbed:
         return self.encoder.patch_embed
 
-    def module(self, width: int, attend: Callable, dtype: jnp.dtype) -> nn.Module:
-        """The Linen module, f[B, P, width] of `Patches`."""
-        return EncoderFrontendModule(self, width, attend, dtype)
+    @property
+    def tokens_per_place(self) -> int:
+        """Tokens made of each patch or [cls] slot, see `VisionTokenRule`."""
+        return len(self.taps) if self.fusion == 'tokens' else 1
+
+    def module(self, width: int, attend: Callable, dtype: jnp.dtype, deterministic: bool = True) -> nn.Module:
+        """The Linen module, f[B, O, width] of `Patches`; O outputs are numbered as `VisionTokenRule.sources` says."""
+        return EncoderFrontendModule(self, width, attend, dtype, deterministic)
 
 
 class EncoderFrontendModule(nn.Module):
-    """f[B, P, D]: one language-model vector for each patch, seen in its whole image."""
+    """f[B, O, D]: language-model vectors of all places, each seen in its whole image."""
 
     config: EncoderFrontend
     width: int
     attend: Callable = attention
     dtype: jnp.dtype = jnp.float32
+    deterministic: bool = True
 
     @nn.compact
     def __call__(self, patches: Patches) -> jax.Array:
-        encoder, taps = self.config.encoder, self.config.taps
-        blocks = VisionTransformer(encoder, self.attend, self.dtype, name='encoder')(patches).blocks
-        x = jnp.concatenate([blocks[tap] for tap in taps], axis=-1)
-        for layer in range(self.config.projector.num_layers):
-            x = nn.gelu(x, approximate=False) if layer else x
-            dense = AdaptedDense(self.width, ('embed', None), use_bias=self.config.projector.bias,
-                                 name=f'projector_{layer}')
+        config, projector = self.config, self.config.projector
+        encoder = VisionTransformer(config.encoder, self.attend, self.dtype, config.mixtures, self.deterministic,
+                                    name='encoder')
+        blocks = encoder(patches).blocks
+        levels = [blocks[tap] for tap in config.taps]
+        if config.select == 'cls':
+            levels = [jnp.take_along_axis(level, cls_places(patches)[..., None], axis=1) for level in levels]
+        if isinstance(config.fusion, CueEnhancer):
+            x = CueEnhancerModule(config.fusion, name='enhancer')(levels, patches)
+        else:
+            x = jnp.stack(levels, axis=2)
+            rows, outputs = len(x), x.shape[1] * config.tokens_per_place
+            x = x.reshape(rows, outputs, -1)
+        for layer in range(projector.num_layers):
+            if layer:
+                x = nn.silu(x) if projector.activation == 'silu' else nn.gelu(x, approximate=False)
+            last = layer == projector.num_layers - 1
+            width = self.width if last else projector.hidden_width or self.width
+            dense = AdaptedDense(width, ('embed', None), use_bias=projector.bias, name=f'projector_{layer}')
             x = dense(x, SlotContext(patches.key_range))
         return x
+
+
+def cls_places(patches: Patches) -> jax.Array:
+    """i32[B, M]: where each image's places begin, its [cls] slot; any place for images that are not there."""
+    image = jnp.arange(patches.grid.shape[1], dtype=jnp.int32)[None, :, None]
+    before = (patches.image_id[:, None] >= 0) & (patches.image_id[:, None] < image)
+    return jnp.minimum(jnp.sum(before, -1, dtype=jnp.int32), patches.image_id.shape[1] - 1)

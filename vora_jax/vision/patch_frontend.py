@@ -16,8 +16,8 @@ class PatchFrontend:
 
     patch_embed: PatchEmbed
 
-    def module(self, width: int, attend: Callable, dtype: jnp.dtype) -> nn.Module:
-        """The Linen module, f[B, P, width] of `Patches`; `attend` is not used."""
+    def module(self, width: int, attend: Callable, dtype: jnp.dtype, deterministic: bool = True) -> nn.Module:
+        """The Linen module, f[B, P, width] of `Patches`; it has neither attention nor dropout."""
         return PatchFrontendModule(self, width, dtype)
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from vora_jax.batch import Patches
 from vora_jax.nn.block import Activation, BlockShape
+from vora_jax.nn.modality_mixture import MixtureTable
 from vora_jax.nn.norms import Norm, norm
 from vora_jax.nn.slots import SlotContext
 from vora_jax.nn.stack import LayerGroup, Stack, Tap
@@ -68,11 +69,16 @@ class Features(NamedTuple):
 
 
 class VisionTransformer(nn.Module):
-    """`Features` of packed patches. Each image sees itself only, so packed images give the same features as single ones."""
+    """`Features` of packed patches. Each image sees itself only, so packed images give the same features as single ones.
+
+    mixtures: of every block; what routes by slot is routed by the image's first place, its [cls].
+    """
 
     config: Vit
     attend: Callable = attention
     dtype: jnp.dtype = jnp.float32
+    mixtures: MixtureTable = ()
+    deterministic: bool = True
 
     @nn.compact
     def __call__(self, patches: Patches) -> Features:
@@ -80,9 +86,10 @@ class VisionTransformer(nn.Module):
         x = PatchEmbedding(config.patch_embed, self.dtype, name='patch_embed')(patches)
         if config.pre_norm:
             x = norm(config.norm, config.norm_eps, 'pre_norm')(x)
-        groups = (LayerGroup(config.num_layers, side=True),)
-        stack = Stack(config.block_shape, groups, Tap, self.attend, name='blocks')
-        x, _, blocks = stack(x, SlotContext(patches.key_range), side_scanned=())
+        groups = (LayerGroup(config.num_layers, side=True, mixtures=self.mixtures),)
+        stack = Stack(config.block_shape, groups, Tap, self.attend, deterministic=self.deterministic, name='blocks')
+        context = SlotContext(patches.key_range, route_slot=patches.key_start)
+        x, _, blocks = stack(x, context, side_scanned=())
         x = norm(config.norm, config.norm_eps, 'norm')(x)
         pooled = None
         if config.pool != 'none':

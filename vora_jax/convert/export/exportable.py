@@ -10,6 +10,7 @@ import numpy as np
 from vora_jax.batch import Batch, Patches
 from vora_jax.convert.export.lazy_arrays import Computed, FoldedKernel
 from vora_jax.convert.names.name_map import Shapes, check
+from vora_jax.merge import plan_fold
 from vora_jax.model import VisionLanguageModel
 from vora_jax.params import flatten
 from vora_jax.types import TEXT, Array, Params, UserError
@@ -34,7 +35,8 @@ class Exportable(NamedTuple):
 
     @property
     def has_adapters(self) -> bool:
-        return isinstance(self.model, VisionLanguageModel) and any(group.adapters for group in self.model.groups)
+        return isinstance(self.model, VisionLanguageModel) and any(
+            group.adapters or group.mixtures for group in self.model.groups)
 
     @property
     def dtype(self) -> str:
@@ -73,23 +75,36 @@ def folded(what: Exportable) -> Exportable:
     The layer groups stay as they were, so that nothing is copied; distillation must have been left out.
 
     Raises:
-        UserError: an adapter that no single kernel can express.
+        UserError: an adapter that no kernel can express.
     """
     if not what.has_adapters:
         return what
-    params = dict(what.params)
+    params, groups = dict(what.params), []
+    if any(group.mixtures for group in what.model.groups):
+        raise UserError('merge: a ModalityMixture cannot be folded, its paths are weighed by the modality of each segment; '
+                        'the layout `own` holds it unmerged.')
     for index, group in enumerate(what.model.groups):
+        table = []
         for linear, adapters in group.adapters:
-            base, branches = f'decoder/layers/group_{index}/block/{linear}', []
-            for number, adapter in enumerate(adapters):
-                if adapter.scope != 'all':
-                    raise UserError(f'merge: an adapter of scope {adapter.scope!r} cannot be folded into a kernel that all '
-                                    'slots share; the layout `own` holds it unmerged.')
-                branches.append((adapter, {side: params.pop(f'{base}/adapter_{number}/{side}') for side in ('a', 'b')}))
-            params[f'{base}/kernel'] = FoldedKernel(params[f'{base}/kernel'], tuple(branches))
-    groups = tuple(dataclasses.replace(group, adapters=()) for group in what.model.groups)
-    shapes = {path: shape for path, shape in what.shapes.items() if path in params}
-    return what._replace(model=what.model.clone(groups=groups), params=params, shapes=shapes)
+            base, fold = f'decoder/layers/group_{index}/block/{linear}/', plan_fold(adapters)
+            branches = [{path[len(prefix):]: params.pop(path) for path in list(params) if path.startswith(prefix)}
+                        for prefix in (f'{base}adapter_{number}/' for number in range(len(adapters)))]
+
+            def summed(kernel, numbers, adapters=adapters, branches=branches):
+                added = tuple((adapters[number], branches[number]) for number in numbers)
+                return FoldedKernel(kernel, added) if added else kernel
+
+            if fold.vision is not None:
+                start, added = fold.vision
+                own = {name: params[base + name] for name in ('kernel', 'bias') if base + name in params}
+                own = own if start is None else branches[start]
+                params |= {f'{base}adapter_0/{name}': leaf for name, leaf in own.items()}
+                params[f'{base}adapter_0/kernel'] = summed(own['kernel'], added)
+                table.append((linear, fold.adapters))
+            params[f'{base}kernel'] = summed(params[f'{base}kernel'], fold.base)
+        groups.append(dataclasses.replace(group, adapters=tuple(table)))
+    shapes = {path: tuple(leaf.shape) for path, leaf in params.items()}
+    return what._replace(model=what.model.clone(groups=tuple(groups)), params=params, shapes=shapes)
 
 
 def parameter_shapes(model: Model) -> Shapes:

@@ -88,7 +88,8 @@ def logit_difference(what: Exportable, dtype: str, probe: Batch) -> tuple[float,
     states = _embedded(model, what, dtype, probe)
     context = SlotContext(probe.key_range, probe.modality,
                           rope_angles(jnp.asarray(probe.positions), model.llm.head_dim, model.llm.rope_theta,
-                                      model.llm.rope_scaling))
+                                      model.llm.rope_scaling),
+                          route_slot=probe.route_slot, vision_slot=probe.vision_slot)
     for index, group in enumerate(model.groups):
         prefix = f'decoder/layers/group_{index}/block/'
         paths = [path for path in what.params if path.startswith(prefix)]
@@ -131,7 +132,7 @@ def _embed(model, params, batch: Batch) -> jax.Array:
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _layer(model, group: LayerGroup, dtype: jnp.dtype, params: dict, states: list, context: SlotContext) -> list:
     """Both states one layer further, each with its own weights."""
-    block = Block(model.llm.block_shape, (), group.biases, model.attend)
+    block = Block(model.llm.block_shape, group.adapters, group.biases, group.mixtures, model.attend)
     return [block.apply({'params': unflatten({path: _round(leaf, one) for path, leaf in params.items()})}, x, context)[0]
             for x, one in zip(states, (jnp.dtype('float32'), dtype), strict=True)]
 

@@ -14,7 +14,7 @@ from vora_jax.convert.families.hf_config import llm_to_config
 from vora_jax.convert.names.tables import VORA
 from vora_jax.convert.names.tables.decoder import LINEAR_NAMES
 from vora_jax.nn.block import LINEARS
-from vora_jax.nn.stack import LayerGroup, group_layers
+from vora_jax.nn.stack import LayerGroup, join_groups
 from vora_jax.types import UserError
 from vora_jax.vision.patch_frontend import PatchFrontend
 
@@ -108,8 +108,8 @@ def _with_lora(what: Exportable) -> tuple[Exportable, dict, list[str]]:
     if not first.biases:
         notes.append('VoRA\'s code gives each adapted linear a bias; they are zero.')
     table = tuple((linear, (dataclasses.replace(adapter, scale=1.0),)) for linear, _ in first.adapters)
-    groups: tuple[LayerGroup, ...] = group_layers([(table if group.adapters else (), group.side,
-                                                    biases if group.adapters else ()) for group in layers])
+    groups = join_groups(LayerGroup(1, table if group.adapters else (), group.side, biases if group.adapters else ())
+                         for group in layers)
     if [group.num_layers for group in groups] != [group.num_layers for group in model.groups]:
         raise ValueError('export_vora: the groups were cut in another way')
     model = model.clone(groups=groups)

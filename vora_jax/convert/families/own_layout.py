@@ -11,7 +11,7 @@ from vora_jax.method import VisionTokenRule
 from vora_jax.model import VisionLanguageModel
 from vora_jax.nn.adapters import LowRank
 from vora_jax.nn.block import LINEARS
-from vora_jax.nn.stack import LayerGroup, group_layers
+from vora_jax.nn.stack import LayerGroup, join_groups
 from vora_jax.ops.rope import RopeScaling
 from vora_jax.types import UserError
 from vora_jax.vision.encoder_frontend import EncoderFrontend, Projector
@@ -193,7 +193,7 @@ def model_arguments(config: dict[str, Any]) -> tuple[str, str, dict[str, Any]]:
 
 def model_groups(model: VisionLanguageModel) -> tuple[LayerGroup, ...]:
     """The model's groups without side modules; those that no longer differ are one."""
-    return group_layers([(group.adapters, False, group.biases) for group in model.groups for _ in range(group.num_layers)])
+    return join_groups(dataclasses.replace(group, side=False) for group in model.groups)
 
 
 def _vora_arguments(model: VisionLanguageModel, rule: VisionTokenRule) -> tuple[str, dict[str, Any]]:
