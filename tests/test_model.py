@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_model import LLM, VOCAB, apply, batch, quick_jit, random_params, strict, vora, without  # noqa: F401
+from tiny_methods import METHODS, PATCH
+from tiny_model import LLM, VOCAB, apply, batch, full_jit, quick_jit, random_params, strict, vora, without  # noqa: F401
 
 from vora_jax import variants
 from vora_jax.batch import Batch, Patches
-from vora_jax.data.packing import Budgets, Text, layout, stack
-from vora_jax.nn.slots import SlotContext
+from vora_jax.data.packing import Budgets, Picture, Text, layout, stack
+from vora_jax.nn.slots import SlotContext, vision_slots
 from vora_jax.ops.attention import attention
 from vora_jax.ops.blocked_attention import blocked_attention
 from vora_jax.params import flatten, regroup, unflatten
@@ -24,14 +25,10 @@ def method(scope):
 
 def without_adapters(model):
     """The same groups of layers with plain linears: the frozen language model and its front end."""
-    return model.clone(groups=tuple(dataclasses.replace(group, adapters=()) for group in model.groups))
-
-
-full_jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 3})
+    return model.clone(groups=tuple(dataclasses.replace(group, adapters=(), mixtures=()) for group in model.groups))
 
 
 def optimised(model):
-    """Claims about bits are made about the code that runs outside of tests."""
     return apply(model, full_jit)
 
 
@@ -59,6 +56,37 @@ def test_adapters_without_a_switch_start_as_the_base():
     new = unflatten({path: leaf * (not path.endswith('/b')) for path, leaf in flatten(params).items()})
     base = optimised(without_adapters(model))(without(params, 'adapter_'), example).hidden
     np.testing.assert_array_equal(optimised(model)(new, example).hidden, base)
+
+
+@pytest.mark.parametrize('name', ['vce_dual_lora', 'lavin', 'llavit'])
+def test_so_do_those_of_other_methods(name):
+    """New ones bit for bit where they start at zero; kernels of gathered slots in `nn/test_adapters.py`."""
+    method, stage = METHODS[name]
+    model, example = method.stage(stage).model, two_pictures(name)
+    params = random_params(model, example)
+    plain = params | without({'decoder': params['decoder']}, 'adapter_')  # the encoder's mixtures stay
+    base = optimised(without_adapters(model))(plain, example).hidden
+    run = optimised(model)
+    np.testing.assert_array_equal(run(params, example, np.zeros(2, bool)).hidden, base)
+    assert (run(params, example, np.ones(2, bool)).hidden != base).any(axis=(1, 2)).all()
+    if name != 'llavit':
+        new = unflatten({path: leaf * (not path.endswith('/b') and 'block/adapter_attention/up_' not in path
+                                       or path.startswith('frontend/')) for path, leaf in flatten(params).items()})
+        np.testing.assert_array_equal(run(new, example, np.ones(2, bool)).hidden, base)
+
+
+def two_pictures(name, rows=2):
+    """Rows of two segments: text between two pictures, and two pictures side by side; some padding."""
+    rule, rng = METHODS[name][0].vision_tokens, np.random.default_rng(5)
+    budgets = Budgets(26, 14, 4, PATCH.patch_size**2 * 3)
+
+    def words(size):
+        return Text(rng.integers(1, VOCAB, size).tolist(), supervised=True)
+
+    def picture(rows, cols):
+        return Picture(rng.integers(0, 256, (rows * cols, budgets.patch_dim)).astype(np.uint8), rows, cols)
+    return stack([layout([[words(2), picture(1, 2), words(2), picture(2, 1), words(2)],
+                          [words(1), picture(2, 2), picture(1, 2), words(2)]], budgets, rule=rule) for _ in range(rows)])
 
 
 def rows_with_and_without_pictures():
@@ -99,17 +127,13 @@ def small_blocks(q, k, v, key_range):
     return blocked_attention(q, k, v, *key_range, 8, 16)
 
 
-@pytest.mark.parametrize('attend', [attention, small_blocks], ids=['dense', 'blocked'])
-def test_a_slot_depends_on_exactly_the_slots_of_its_range(attend):
-    """d hidden[t] / d input[s] is exactly 0 for later text, other segments and padding, else not 0."""
-    example = batch(rows=2)
-    model = method('all').stage('pretrain').model.clone(attend=attend)
-    params = random_params(model, example)
-
+def dependencies(model, params, batch):
+    """bool[B, S, S]: d hidden[t] / d input[s] is not exactly 0."""
     @quick_jit
-    def dependencies(params, batch):
+    def run(params, batch):
         def readout(x):
-            context = SlotContext(batch.key_range, batch.modality)
+            context = SlotContext(batch.key_range, batch.modality, route_slot=batch.route_slot,
+                                  vision=vision_slots(batch.vision_slot, batch.modality))
             hidden, _ = model.apply({'params': params}, x, batch.positions, context, None, method='decode')
             return hidden.sum(-1)
         x = model.apply({'params': params}, batch, method='embed')
@@ -119,7 +143,15 @@ def test_a_slot_depends_on_exactly_the_slots_of_its_range(attend):
             seed = jnp.zeros(x.shape[:2], jnp.float32).at[:, slot].set(1.0)
             return (pull(seed)[0] != 0).any(-1)
         return jax.vmap(of_slot, out_axes=1)(jnp.arange(x.shape[1], dtype=jnp.int32))
+    return np.asarray(run(params, batch))
 
+
+@pytest.mark.parametrize('attend', [attention, small_blocks], ids=['dense', 'blocked'])
+def test_a_slot_depends_on_exactly_the_slots_of_its_range(attend):
+    """The derivative is exactly 0 for later text, other segments and padding, else not 0."""
+    example = batch(rows=2)
+    model = method('all').stage('pretrain').model.clone(attend=attend)
+    params = random_params(model, example)
     slots = np.arange(40)
     expected = (slots >= example.key_start[..., None]) & (slots < example.key_stop[..., None])
     padding = example.modality == 0
@@ -127,7 +159,30 @@ def test_a_slot_depends_on_exactly_the_slots_of_its_range(attend):
     assert (example.modality == VISION).any(1).all()
     # A pad slot sees nothing, but its own residual stream passes through it.
     expected |= padding[..., None] & (slots[:, None] == slots)
-    np.testing.assert_array_equal(dependencies(params, example), expected)
+    np.testing.assert_array_equal(dependencies(model, params, example), expected)
+
+
+@pytest.mark.parametrize('name', METHODS)
+def test_no_method_leaks_between_pictures_segments_or_from_later_text(name):
+    """Also from the pixels on: what a picture shows reaches the slots that see it and no others."""
+    method, stage = METHODS[name]
+    model, example = method.stage(stage).model, two_pictures(name, rows=1)
+    params = random_params(model, example)
+    slots, own = np.arange(26), np.eye(26, dtype=bool)
+    expected = (slots >= example.key_start[..., None]) & (slots < example.key_stop[..., None])
+    expected |= (example.modality == 0)[..., None] & own
+    if any(group.mixtures for group in model.groups):  # the slot that routes is no key, but tells the kind of its segment
+        expected |= own[example.route_slot]
+    np.testing.assert_array_equal(dependencies(model, params, example), expected)
+
+    is_image = example.patches.image_id == 1
+    pixels = np.where((is_image & (example.patches.row >= 0))[..., None], 255 - example.patches.pixels,
+                      example.patches.pixels)
+    other = example._replace(patches=example.patches._replace(pixels=pixels))
+    hidden, changed = (np.asarray(apply(model)(params, some).hidden) for some in (example, other))
+    second = np.flatnonzero(example.modality[0] == VISION)[method.vision_tokens.num_tokens(1, 2)]
+    sees = expected[0, :, second:second + method.vision_tokens.num_tokens(2, 1)].any(-1)
+    np.testing.assert_array_equal((hidden != changed).any(-1)[0], sees)
 
 
 def test_vision_slots_take_the_front_ends_vectors_in_order():

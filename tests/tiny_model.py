@@ -67,6 +67,8 @@ def without(params, *parts):
 
 # Tests compile much and compute little: machine code that is not optimised comes 2.5 times as fast.
 quick_jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
+# Claims about bits are made about the code that runs outside of tests.
+full_jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 3})
 
 
 @functools.cache

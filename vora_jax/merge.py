@@ -61,14 +61,7 @@ def merge(params: Params, model: VisionLanguageModel) -> tuple[Params, VisionLan
     Raises:
         UserError: nothing to merge, or an adapter that no kernel can express.
     """
-    if not isinstance(model, VisionLanguageModel):
-        raise UserError(f'merge: a {type(model).__name__} has no adapters; merge a checkpoint of a stage that trained some.')
-    if any(group.mixtures for group in model.groups):
-        raise UserError('merge: a ModalityMixture weighs its paths by the modality of each segment, so no kernel equals it; '
-                        'export the model unmerged.')
-    if not any(low_rank(group) or group.side for group in model.groups) and model.distillation is None:
-        raise UserError('merge: this checkpoint has no adapters that can be folded and no distillation heads; there is '
-                        'nothing to merge.')
+    raise_if_unmergeable(model)
     flat = flatten(params)
     for index, group in enumerate(model.groups):
         for linear, adapters in group.adapters:
@@ -93,6 +86,24 @@ def merge(params: Params, model: VisionLanguageModel) -> tuple[Params, VisionLan
             if not path.startswith('teacher/') and '/side/' not in path}
     merged = merged_model(model)
     return regroup(unflatten(flat), [group.num_layers for group in merged.groups]), merged
+
+
+def raise_if_unmergeable(model: VisionLanguageModel) -> None:
+    """Raises UserError, saying why, where `merge` cannot fold the model."""
+    if not isinstance(model, VisionLanguageModel):
+        raise UserError(f'merge: a {type(model).__name__} has no adapters; merge a checkpoint of a stage that trained some.')
+    if any(group.mixtures for group in model.groups):
+        raise UserError('merge: a ModalityMixture weighs its paths by the modality of each segment, so no kernel equals it; '
+                        'export the model unmerged.')
+    if any(group.prompts for group in model.groups):
+        raise UserError('merge: GatedPrompts are keys and values beside the kernels, so no kernel equals them; export '
+                        'the model unmerged.')
+    if not any(low_rank(group) or group.side for group in model.groups) and model.distillation is None:
+        raise UserError('merge: this checkpoint has no adapters that can be folded and no distillation heads; there is '
+                        'nothing to merge.')
+    for group in model.groups:
+        for _, adapters in group.adapters:
+            plan_fold(adapters)
 
 
 def merged_model(model: VisionLanguageModel) -> VisionLanguageModel:

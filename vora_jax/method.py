@@ -15,6 +15,7 @@ class VisionTokenRule:
     bidirectional: an image's slots see the whole image; otherwise they are as causal as text.
     join_adjacent: images with no text between them see each other as one block, a quirk of VoRA's code.
     select: the places of an image that become tokens: its patches, or its [cls] alone.
+    pool: side of the windows of patches that become one token; those at the lower and right edge may be smaller.
     tokens_per_place: tokens made of each of them; the first of all places comes before the second of any.
     route_token: each segment begins with a ROUTE slot that no other slot sees; its token is 1 where the segment has a
         picture, else 0.
@@ -25,24 +26,33 @@ class VisionTokenRule:
     bidirectional: bool = True
     join_adjacent: bool = False
     select: Literal['patch', 'cls'] = 'patch'
+    pool: int = 1
     tokens_per_place: int = 1
     route_token: bool = False
 
     def num_tokens(self, rows: int, cols: int) -> int:
         """Vision tokens of an image of `rows x cols` patches."""
-        return self.tokens_per_place * (rows * cols if self.select == 'patch' else 1)
+        windows = -(-rows // self.pool) * -(-cols // self.pool)
+        return self.tokens_per_place * (windows if self.select == 'patch' else 1)
 
     def max_tokens(self, patches: int, images: int) -> int:
-        """Vision tokens that a row of so many patches and images can need: its static budget Q."""
-        return self.tokens_per_place * (patches if self.select == 'patch' else images)
+        """Vision tokens that a row of so many patches and images can need: its static budget Q.
+
+        An image one patch high has the most windows: one for its first patch, another for every `pool` more.
+        """
+        images = min(images, patches) if self.select == 'patch' else images
+        windows = images + (patches - images) // self.pool
+        return self.tokens_per_place * (windows if self.select == 'patch' else images)
 
     def sources(self, rows: int, cols: int, place: int, image: int) -> list[int]:
         """The front-end output (`Batch.vision_source`) of each token of an image.
 
         place: its first place in `Patches`.    image: its number in the row.
+        A window's output stands at its first patch: windows of side 2 of 3 x 3 patches at 0 and 2, 6 and 8.
         """
-        first = place + self.cls
-        places = range(first, first + rows * cols) if self.select == 'patch' else [image]
+        first, places = place + self.cls, [image]
+        if self.select == 'patch':
+            places = [first + row * cols + col for row in range(0, rows, self.pool) for col in range(0, cols, self.pool)]
         return [place * self.tokens_per_place + kind for kind in range(self.tokens_per_place) for place in places]
 
     def num_places(self, rows: int, cols: int) -> int:

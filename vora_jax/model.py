@@ -10,7 +10,7 @@ import numpy as np
 from vora_jax.batch import Batch, Output
 from vora_jax.distill import Distillation, DistillHead
 from vora_jax.llm.decoder import Decoder, LanguageModel, unembedding
-from vora_jax.nn.slots import SlotContext, vision_token
+from vora_jax.nn.slots import SlotContext, vision_slots, vision_token
 from vora_jax.nn.stack import LayerGroup
 from vora_jax.ops.attention import attention
 from vora_jax.types import ROUTE, Array, Params
@@ -64,7 +64,7 @@ class VisionLanguageModel(nn.Module):
         """Runs a batch; `adapters_on: bool[] or bool[B]` switches all adapters (None: on)."""
         vision_slot = batch.vision_slot
         context = SlotContext(batch.key_range, batch.modality, adapters_on=adapters_on, route_slot=batch.route_slot,
-                              vision_slot=vision_slot)
+                              vision=vision_slots(vision_slot, batch.modality, adapters_on))
         features = None
         if self.distillation is not None:
             features = self._teacher_features(batch)

@@ -13,6 +13,7 @@ from vora_jax.method import Method, Stage, VisionTokenRule
 from vora_jax.model import VisionLanguageModel
 from vora_jax.nn.adapters import Adapter, DualLowRank, LowRank, ModalityKernel
 from vora_jax.nn.block import LINEARS, AdapterTable
+from vora_jax.nn.gated_prompts import GatedPrompts
 from vora_jax.nn.modality_mixture import ModalityMixture, Site
 from vora_jax.nn.stack import LayerGroup, join_groups
 from vora_jax.types import Scope, UserError
@@ -47,13 +48,15 @@ def image_encoder(vit: Vit) -> Method:
 
 
 def llava(llm: LanguageModel, encoder: Vit, projector: Projector, taps: tuple[int, ...] = (-2,),
-          adapter: Adapter | None = None, targets: tuple[str, ...] = LINEARS) -> Method:
+          adapter: Adapter | None = None, targets: tuple[str, ...] = LINEARS, pool: int = 1) -> Method:
     """LLaVA-1.5 (arXiv 2310.03744): a frozen encoder's features, a projector, and a causal language model.
 
     pretrain: trains the projector. finetune: projector and language model. adapt, where an adapter is given: projector
     and the adapters of all layers (the LoRA recipe).
+    pool: side of the windows of patches averaged into one token, as in InfMLLM (arXiv 2311.06791), whose `pool_out_size` k
+    of an s x s grid is s / pool here.
     """
-    frontend = EncoderFrontend(encoder, taps, projector)
+    frontend = EncoderFrontend(encoder, taps, projector, pool=pool)
     model = VisionLanguageModel(llm, (LayerGroup(llm.num_layers),), frontend)
     stages = {'pretrain': Stage(model, ('frontend/projector_*',)),
               'finetune': Stage(model, ('frontend/projector_*', 'decoder/*'))}
@@ -172,6 +175,34 @@ def vora(
                        join_adjacent=join_adjacent_images))
 
 
+def llama_adapter(llm: LanguageModel, encoder: Vit, projector: Projector, prompts: GatedPrompts = GatedPrompts(),
+                  num_prompted_layers: int = 31, taps: tuple[int, ...] = (-1,), pool: int = 4,
+                  biases: tuple[str, ...] = ('q_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj')) -> Method:
+    """LLaMA-Adapter V2 (arXiv 2304.15010): a frozen language model with zero-gated prompts, its norms and biases tuned.
+
+    pretrain: trains projector, prompts and gates. finetune: norms and biases; both as the released code does it.
+    Faithful: prompts and gates of the last `num_prompted_layers` (V1: 30), and which linears get a new bias (released 7B).
+    Not faithful: images come early, as in the paper, but as ordinary vision tokens that all layers see: the patch grid
+    (without CLIP's last norm) averaged by `pool`, 16 tokens for 16 x 16 patches, where the paper has 20 queries of a small
+    transformer, and the released code adds 10 of these to the prompts of all layers. No scale beside each bias, like the
+    released 7B and unlike the paper; nor the paper's joint training, where a batch with images trains other parameters than
+    one without.
+    """
+    plain = llm.num_layers - num_prompted_layers
+    if not 0 <= plain < llm.num_layers:
+        raise UserError(f'llama_adapter.num_prompted_layers = {num_prompted_layers} does not fit a language model of '
+                        f'{llm.num_layers} layers.')
+    extra = tuple(name for name in biases if name not in llm.biases)
+    groups = (LayerGroup(num_prompted_layers, biases=extra, prompts=prompts),)
+    groups = (LayerGroup(plain, biases=extra), *groups) if plain else groups
+    frontend = EncoderFrontend(encoder, taps, projector, pool=pool)
+    model = VisionLanguageModel(llm, groups, frontend)
+    return Method('llama_adapter', {
+        'pretrain': Stage(model, ('frontend/projector_*', '*/adapter_*')),
+        'finetune': Stage(model, ('decoder/*norm/scale', 'decoder/*/bias')),
+    }, _encoder_tokens(frontend, bidirectional=False))
+
+
 def _adapter_table(targets: tuple[str, ...], adapter: Adapter) -> AdapterTable:
     """The same adapter on each of these linears; UserError for one that no block has."""
     if unknown := sorted(set(targets) - set(LINEARS)):
@@ -182,5 +213,5 @@ def _adapter_table(targets: tuple[str, ...], adapter: Adapter) -> AdapterTable:
 def _encoder_tokens(frontend: EncoderFrontend, bidirectional: bool) -> VisionTokenRule:
     """The token rule of a front end with an encoder."""
     embed = frontend.patch_embed
-    return VisionTokenRule(embed.patch_size, embed.cls_token, bidirectional, select=frontend.select,
+    return VisionTokenRule(embed.patch_size, embed.cls_token, bidirectional, select=frontend.select, pool=frontend.pool,
                            tokens_per_place=frontend.tokens_per_place)

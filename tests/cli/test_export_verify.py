@@ -68,7 +68,7 @@ def test_made_up_prompts_of_a_text_model(folder, capsys):
 def test_bad_input_is_one_sentence(folder, adapted, capsys):
     tagger = write(folder, 'tagger', TAGGER)
     text = write(folder, 'plain', tiny_pictures.TEXT_CONFIG)
-    vision = write(folder, 'vision', tiny_pictures.CONFIG + "vora.scope = 'vision'\n")
+    words = write(folder, 'words', tiny_pictures.CONFIG + "vora.scope = 'text'\n")
     for arguments, message in (
         (['export', tagger, '--to', str(folder / 'no'), '--layout', 'own'], 'does not generate text'),
         (['export', text, '--to', str(folder / 'no'), '--layout', 'llava'], 'needs a vision encoder'),
@@ -80,8 +80,8 @@ def test_bad_input_is_one_sentence(folder, adapted, capsys):
         (['export', adapted, '--to', str(folder / 'images')], 'exists already'),
         (['verify', adapted, str(folder / 'images')], 'is not a folder that `vora export` wrote'),
         (['verify', adapted, str(folder / 'images'), '--num', '0'], '--num is 0'),
-        (['merge', text, '--to', str(folder / 'no')], "'pretrain' of language_model, which has nothing to merge"),
-        (['merge', vision, '--to', str(folder / 'no')], "scope 'vision' cannot be folded"),
+        (['merge', text, '--to', str(folder / 'no')], 'there is nothing to merge'),
+        (['merge', words, '--to', str(folder / 'no')], "scope 'text' cannot be folded"),
         (['merge', adapted, '--to', adapted], 'already holds a run'),
     ):
         assert main(arguments) == 2, arguments

@@ -11,7 +11,8 @@ import PIL.Image
 import pytest
 from safetensors.numpy import load_file
 from tiny_layouts import SIDE, adapted, bad_value, clip, dinov2, make
-from tiny_models import TEXTS, VOCAB, make_tokenizer, prompting, random_params
+from tiny_methods import METHODS
+from tiny_models import TEXTS, VOCAB, make_any, make_tokenizer, prompting, random_params
 
 from vora_jax import variants
 from vora_jax.convert.export.exportable import exportable
@@ -97,8 +98,9 @@ def again(to):
 
 @pytest.mark.parametrize(('name', 'layout'), [
     ('adapted', 'vora'), ('adapted', 'llm'), ('adapted', 'peft'), ('biased', 'vora'), ('merged_biased', 'llm'),
-    ('clip', 'llava'), ('siglip', 'llava'), ('qwen3', 'llm'), ('encoder_clip', 'encoder'), ('encoder_siglip', 'encoder'),
-    ('encoder_aimv2', 'encoder'), ('encoder_dinov2', 'encoder'), ('tagger', 'encoder')])
+    ('vision', 'llm'), ('clip', 'llava'), ('siglip', 'llava'), ('clip_lora', 'llava'), ('qwen3', 'llm'),
+    ('encoder_clip', 'encoder'), ('encoder_siglip', 'encoder'), ('encoder_aimv2', 'encoder'), ('encoder_dinov2', 'encoder'),
+    ('tagger', 'encoder')])
 def test_verify_finds_nothing(name, layout, folder, written):
     """transformers (or peft) loads it with no key missing or left over; logits and greedy tokens are ours."""
     if layout != 'vora':
@@ -189,6 +191,24 @@ def test_merging_on_export_is_what_merge_does(folder, written):
     assert compared(folder, 'adapted', to).problems == []
 
 
+def test_kernels_of_one_modality_are_merged_on_export(folder, written):
+    """What acts on vision slots becomes a kernel of theirs; bit for bit what `merge` makes."""
+    params, model, _ = make('vision')
+    to, done = written('vision', 'own', merge=True)
+    merged = exportable(*merge(params, model))
+    assert done.merged and done.report.num_folded == 14
+    tensors = load_file(to / 'model.safetensors')
+    base = 'decoder/layers/group_0/block/up_proj/'
+    for name, path in (('weight', 'kernel'), ('modality_proj.0.weight', 'adapter_0/kernel')):
+        kernel = np.asarray(merged.params[base + path][1]).T
+        np.testing.assert_array_equal(tensors[f'model.layers.1.mlp.up_proj.{name}'], kernel)
+    pytest.importorskip('torch', reason="needs pip install 'vora_jax[torch]'")
+    assert compared(folder, 'vision', to).problems == []
+    back = again(to)
+    for path, leaf in merged.params.items():
+        np.testing.assert_array_equal(back[path], leaf, path)
+
+
 def test_the_widest_dtype_is_kept(folder, tmp_path):
     params, model, rule = make('llama')
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
@@ -204,9 +224,19 @@ def test_the_widest_dtype_is_kept(folder, tmp_path):
     ('adapted', 'llava', {}, 'needs a vision encoder and a projector; take `vora` or `own`'),
     ('llama', 'vora', {}, 'reads patches without an encoder; take `llm`'),
     ('clip', 'vora', {}, 'reads patches without an encoder; take `llava` or `own`'),
-    ('vision', 'llm', {}, "scope 'vision' cannot be folded into a kernel that all slots share; the layout `own`"),
+    ('text', 'llm', {}, "scope 'text' cannot be folded into a kernel that other slots share; train with"),
+    ('llavit', 'llava', {}, "stock LLaVA has no kernels of their own for a picture's slots"),
+    ('llavit', 'own', {'merge': True}, 'has no adapters to merge; leave out --merge'),
+    ('lavin', 'llava', {}, 'a ModalityMixture weighs its paths by the modality'),
+    ('lavin', 'llm', {}, 'so no kernel equals it; export the model unmerged (layout `own`).'),
+    ('lavin', 'peft', {}, 'no mixtures routed by modality'),
+    ('vce_dual_lora', 'llava', {}, 'so no kernel equals it; export the model unmerged (layout `own`).'),
+    ('dual_on_llava', 'peft', {}, 'PEFT has no DualLowRank; take the layout `own`'),
+    ('prompted', 'own', {'merge': True}, 'GatedPrompts are keys and values beside the kernels'),
+    ('kernels_on_patches', 'vora', {}, "adapter of scope 'all' on each of the seven linears; take the layout `own`."),
+    ('vision', 'vora', {'merge': True}, "adapter of scope 'all' on each of the seven linears; take the layout `own`."),
     ('vision', 'peft', {}, "PEFT's adapters act on all slots, these on those of scope 'vision'; take the layout `own`"),
-    ('some', 'vora', {}, "one adapter of scope 'all' on each of the seven linears"),
+    ('some', 'vora', {}, "one LowRank adapter of scope 'all' on each of the seven linears"),
     ('merged', 'peft', {}, 'there are no adapters to write as a PEFT folder'),
     ('adapted', 'peft', {'merge': True}, 'holds adapters as they are; leave out --merge'),
     ('merged', 'own', {'merge': True}, 'has no adapters to merge; leave out --merge'),
@@ -217,8 +247,9 @@ def test_the_widest_dtype_is_kept(folder, tmp_path):
     ('llama', 'onnx', {}, "there is no layout 'onnx'; choose one of own, vora, llava"),
 ])
 def test_what_a_layout_cannot_hold_is_told(name, layout, settings, message, folder):
+    made = make_any(name) if name in METHODS or name in ('text', 'prompted') else make(name)
     with pytest.raises(UserError) as told:
-        write(folder, folder / 'no', *make(name), layout=layout, **settings)
+        write(folder, folder / 'no', *made, layout=layout, **settings)
     assert message in str(told.value)
     assert not (folder / 'no').exists() and not list(folder.glob('.no*'))
 

@@ -14,7 +14,7 @@ from vora_jax.convert.export.foreign_stream import stream, tensor_infos
 from vora_jax.convert.export.host_arrays import Scratch, is_finite, transposed
 from vora_jax.convert.export.merge_report import merge_report
 from vora_jax.convert.export.plan import Part
-from vora_jax.convert.families.own_layout import OWN
+from vora_jax.convert.families.own_names import OWN
 from vora_jax.convert.names.name_map import to_foreign
 from vora_jax.merge import merge
 from vora_jax.params import flatten, unflatten

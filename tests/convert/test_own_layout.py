@@ -5,11 +5,14 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_methods import METHODS
 from tiny_models import KINDS, LLM, PATCH, make_any, make_model, make_variety
 
 from vora_jax import variants
 from vora_jax.convert.export.exportable import exportable
-from vora_jax.convert.families.own_layout import OWN, Prompting, model_arguments, own_config, own_model
+from vora_jax.convert.families.own_arguments import model_arguments
+from vora_jax.convert.families.own_layout import Prompting, own_config, own_model
+from vora_jax.convert.families.own_names import OWN
 from vora_jax.convert.names.name_map import from_foreign, to_foreign
 from vora_jax.method import VisionTokenRule
 from vora_jax.model import VisionLanguageModel
@@ -23,6 +26,9 @@ from vora_jax.vision.vit import Vit
 
 PROMPTING = Prompting('', 3, min_patches=2, max_patches=24)
 BUILT = [kind for kind in make_variety() if make_variety()[kind][0].name != 'built']
+FOUND = {kind: ('llava', 'finetune') for kind in ('clip', 'siglip', 'aimv2', 'pooled', 'llava')} | {
+    kind: (kind, 'finetune') for kind in ('llavit', 'vce_dual_lora', 'lavin')} | {
+    kind: ('llava', 'adapt') for kind in ('llava_lora', 'dual_on_llava')} | {'prompted': ('llama_adapter', 'finetune')}
 
 
 def written(model, rule, **changes):
@@ -31,10 +37,11 @@ def written(model, rule, **changes):
 
 
 def layers(model):
-    return [(dict(group.adapters), set(group.biases)) for group in model.groups for _ in range(group.num_layers)]
+    return [(dict(group.adapters), set(group.biases), dict(group.mixtures), group.prompts) for group in model.groups
+            for _ in range(group.num_layers)]
 
 
-@pytest.mark.parametrize('kind', [*KINDS, *make_variety()])
+@pytest.mark.parametrize('kind', [*KINDS, *make_variety(), *METHODS])
 def test_every_parameter_there_and_back(kind):
     what = exportable(*make_any(kind)[:2])
     tensors = dict(to_foreign(what.params, what.shapes, OWN))
@@ -57,7 +64,7 @@ def test_names():
     assert {'vision_embedding.cls_position', 'vision_embedding.pos_embed'} <= names['causal']
 
 
-@pytest.mark.parametrize('kind', [*KINDS, *make_variety()])
+@pytest.mark.parametrize('kind', [*KINDS, *make_variety(), *METHODS])
 def test_the_config_describes_the_whole_model(kind):
     _, model, rule = make_any(kind)
     back, back_rule = own_model(written(model, rule))
@@ -66,7 +73,7 @@ def test_the_config_describes_the_whole_model(kind):
                          dataclasses.replace(rule, cls=False))
 
 
-@pytest.mark.parametrize('kind', [*KINDS, *BUILT])
+@pytest.mark.parametrize('kind', [*KINDS, *BUILT, *METHODS])
 def test_arguments_build_the_model_again(kind):
     _, model, rule = make_any(kind)
     method, stage, arguments = model_arguments(written(model, rule))
@@ -74,10 +81,8 @@ def test_arguments_build_the_model_again(kind):
     twin = built.stage(stage).model
     assert (twin.llm, twin.vision, layers(twin)) == (model.llm, model.vision, layers(model))
     assert twin.distillation is None and built.vision_tokens == rule
-    encoders = ('clip', 'siglip', 'aimv2')
-    assert method == ('language_model' if model.vision is None else 'llava' if kind in encoders else 'vora')
-    assert stage == {'language_model': 'pretrain', 'llava': 'finetune'}.get(
-        method, 'finetune' if kind in ('merged', 'quirks') else 'pretrain')
+    patches = 'vora', 'finetune' if kind in ('merged', 'quirks') else 'pretrain'
+    assert (method, stage) == FOUND.get(kind, ('language_model', 'pretrain') if model.vision is None else patches)
 
 
 @pytest.mark.parametrize('changes', [
@@ -92,11 +97,12 @@ def test_arguments_of_other_recipes(changes, stage):
     method = variants.vora(LLM, embed, teacher, 2, 0.3, **changes)
     model = method.stage(stage).model
     name, found, arguments = model_arguments(written(model, method.vision_tokens))
+    kept = 'pretrain' if changes.get('scope') == 'text' else stage  # what cannot be folded stays
     again = variants.vora(**arguments)
-    assert (name, found, layers(again.stage(stage).model)) == ('vora', stage, layers(model))
+    assert (name, found, layers(again.stage(stage).model)) == ('vora', kept, layers(model))
     # The [cls] slot was the teacher's.
     assert again.vision_tokens == dataclasses.replace(method.vision_tokens, cls=False)
-    if stage == 'pretrain':
+    if kept == 'pretrain':
         assert {key: arguments[key] for key in changes} == changes and arguments['scale'] == 0.3
 
 

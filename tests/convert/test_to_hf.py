@@ -8,7 +8,7 @@ from tiny_models import make_model, make_tokenizer, prompting
 
 from vora_jax.convert.export.exportable import exportable
 from vora_jax.convert.export.to_hf import Provenance, export
-from vora_jax.convert.families.own_layout import OWN
+from vora_jax.convert.families.own_names import OWN
 from vora_jax.convert.names.name_map import from_foreign
 from vora_jax.types import UserError
 from vora_jax.vision.token_classifier import TokenClassifier

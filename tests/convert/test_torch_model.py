@@ -13,6 +13,7 @@ import numpy as np
 import PIL.Image
 import pytest
 from safetensors.numpy import load_file
+from tiny_methods import METHODS
 from tiny_models import (
     KINDS,
     make_any,
@@ -91,7 +92,7 @@ def shipped(torch_model, name):
     return sys.modules[f'{type(torch_model).__module__.rpartition(".")[0]}.{name}_vora_jax']
 
 
-@pytest.mark.parametrize('kind', [*KINDS, *make_variety()])
+@pytest.mark.parametrize('kind', [*KINDS, *make_variety(), *METHODS])
 def test_logits_of_every_kind_of_model(kind, asked):
     """No, one and two pictures of several sizes, side by side or apart, in a batch that is padded on the left."""
     params, model, _ = make_any(kind)
@@ -164,13 +165,15 @@ def test_features_of_an_encoder(kind, asked):
             np.testing.assert_allclose(pooled[0], ours.pooled[row, image], atol=1e-5)
 
 
-@pytest.mark.parametrize('kind', ['all', 'merged'])
+@pytest.mark.parametrize('kind', ['all', 'merged', *METHODS])
 def test_verify_finds_nothing(kind, exported, folder, tokenizer):
-    params, model, _ = make_any(kind)
+    """Also the answers to a batch of prompts of different lengths."""
+    params, model, rule = make_any(kind)
     questions = make_questions(folder, True)
-    batches = rows(questions, tokenizer, True).batches(4)
-    found = verify(params, model, exported(kind), questions, batches, eos_id=EOS, max_new_tokens=6, tolerance=1e-4)
-    assert found.problems == []
+    batches = rows(questions, tokenizer, True, rule=rule).batches(6)
+    found = verify(params, model, exported(kind), questions, batches, eos_id=EOS, rule=rule, max_new_tokens=6,
+                   tolerance=1e-4)
+    assert found.problems == [] and found.left_out == []
     assert found.num_prompts == found.same_answers + found.near_ties == len(questions)
     assert 0 < found.max_abs_logit_diff < 1e-4  # measured 4e-6 at logits up to 5
 
@@ -193,7 +196,7 @@ def test_answers_are_those_of_our_greedy_generation(asked, folder):
     assert torch_model.answer(theirs, None, texts[0], max_new_tokens=2) is not None
 
 
-@pytest.mark.parametrize('kind', [*KINDS, *make_variety()])
+@pytest.mark.parametrize('kind', [*KINDS, *make_variety(), *METHODS])
 def test_a_cache_changes_nothing(kind, asked):
     _, torch_model, inputs = asked(kind)
     settings = {'max_new_tokens': 5, 'min_new_tokens': 5, 'output_logits': True, 'return_dict_in_generate': True}
@@ -202,7 +205,7 @@ def test_a_cache_changes_nothing(kind, asked):
     torch.testing.assert_close(cached.sequences, uncached.sequences)
 
 
-@pytest.mark.parametrize('kind', ['all', 'quirks', 'dino'])
+@pytest.mark.parametrize('kind', ['all', 'quirks', 'dino', 'lavin', 'routed'])
 def test_padding_side_changes_nothing(kind, asked):
     _, torch_model, inputs = asked(kind)
     with torch.no_grad():
@@ -219,7 +222,7 @@ def test_padding_side_changes_nothing(kind, asked):
 
 @pytest.mark.parametrize(('dtype', 'tolerance'), [('bfloat16', 0.08), ('float16', 0.012)])
 def test_half_precision(dtype, tolerance, asked):
-    for kind in ('several', 'dino', 'siglip', 'causal'):
+    for kind in ('several', 'dino', 'siglip', 'causal', 'lavin', 'llavit', 'vce_dual_lora'):
         _, torch_model, inputs = asked(kind)
         rounded = torch_model.to(getattr(torch, dtype))
         with torch.no_grad():
@@ -245,6 +248,41 @@ def test_loss_and_kept_logits(asked):
     torch.testing.assert_close(out.loss, loss)
 
 
+def test_what_depends_on_the_batch_is_compared_one_by_one(folder, tokenizer):
+    params, model, rule = make_any('lavin')
+    table, = model.vision.mixtures
+    quirk = ((table[0], dataclasses.replace(table[1], route_by='first_row')),)
+    model = model.clone(vision=dataclasses.replace(model.vision, mixtures=quirk))
+    done = export(params, model, prompting(tokenizer), str(folder / 'first_row'), rule=rule)
+    assert 'routes each prompt by itself' in done.notes[1]
+    questions = make_questions(folder, True)[1:5]
+    batches = rows(questions, tokenizer, True, rule=rule).batches(4)
+    found = verify(params, model, str(folder / 'first_row'), questions, batches, eos_id=EOS, rule=rule, max_new_tokens=3,
+                   tolerance=1e-4)
+    assert found.problems == [] and found.num_prompts == found.same_answers + found.near_ties == 4
+    assert len(found.left_out) == 1 and 'each prompt is a batch of its own' in found.left_out[0]
+
+
+def test_the_slot_that_routes(asked):
+    """It is the first behind padding, knows of pictures, is seen by no other slot, and survives beams."""
+    _, torch_model, inputs = asked('lavin')
+    ids, mask = inputs['input_ids'], inputs['attention_mask']
+    first = mask.argmax(1)
+    assert (ids[torch.arange(len(ids)), first] == torch_model.config.route_token_id).all()
+    with torch.no_grad():
+        logits = torch_model(**inputs, labels=ids).logits
+        vectors = torch_model.modality_embedding.weight
+        vectors += torch.tensor([[0.0], [1.0]])
+        changed = (torch_model(**inputs).logits != logits).any(-1)
+        vectors -= torch.tensor([[0.0], [1.0]])
+    with_pictures = (inputs['image_grid'].sum((1, 2)) > 0)
+    assert changed[with_pictures].sum(1).gt(1).all() and not changed[~with_pictures].any()
+    beams = [torch_model.generate(**inputs, max_new_tokens=3, num_beams=2, use_cache=use) for use in (True, False)]
+    torch.testing.assert_close(*beams)
+    with pytest.raises(ValueError, match='does not begin with route_token_id'):
+        torch_model(ids[:, 1:], mask[:, 1:])
+
+
 def test_it_can_be_trained_further(exported):
     torch_model, theirs = load_folder(exported('all'))
     inputs = torch_model.prepare_inputs(theirs, ['is it red?'], [PIL.Image.new('RGB', (12, 16), 'red')])
@@ -259,7 +297,7 @@ def test_misuse_is_told(exported):
     with pytest.raises(ValueError, match='1 images do not fit the question'):
         torch_model.prepare_inputs(theirs, ['<image><image>?'], [picture])
     inputs = torch_model.prepare_inputs(theirs, ['what?'], [picture])
-    with pytest.raises(ValueError, match=r'image_grid has \[6\] patches a row, input_ids \[4\]'):
+    with pytest.raises(ValueError, match=r'image_grid makes \[6\] slots of pictures a row, input_ids \[4\]'):
         torch_model(**inputs | {'image_grid': torch.tensor([[[2, 3]]])})
     blind, text = load_folder(exported('text_only'))
     with pytest.raises(ValueError, match='1 images do not fit'):

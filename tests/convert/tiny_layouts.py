@@ -7,6 +7,7 @@ from tiny_models import LLM, PATCH, QKV, UNGATED, random_params
 
 from vora_jax import variants
 from vora_jax.method import Method
+from vora_jax.nn.adapters import LowRank
 from vora_jax.nn.block import LINEARS
 from vora_jax.vision.encoder_frontend import Projector
 from vora_jax.vision.patch_embed import PatchEmbed
@@ -52,6 +53,7 @@ def make(name: str):
         'clip': (variants.llava(QWEN, clip(), Projector()), 'finetune'),
         'siglip': (variants.llava(LLM, siglip(), Projector(bias=False), (0, -1)), 'finetune'),
         'tied': (variants.llava(dataclasses.replace(LLM, tied_head=True), clip(), Projector()), 'finetune'),
+        'clip_lora': (variants.llava(QWEN, clip(), Projector(), (0, -2), LowRank(3, 0.5)), 'adapt'),
         'llama': (variants.language_model(LLM), 'pretrain'),
         'qwen3': (variants.language_model(dataclasses.replace(LLM, qk_norm=True)), 'pretrain'),
         'encoder_clip': (variants.image_encoder(clip()), 'frozen'),

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import PIL.Image
+from tiny_methods import METHODS
 
 from vora_jax import variants
 from vora_jax.convert.export.exportable import smallest_batch
@@ -20,11 +21,14 @@ from vora_jax.llm.decoder import LanguageModel
 from vora_jax.merge import merge
 from vora_jax.method import Method, Stage, VisionTokenRule
 from vora_jax.model import VisionLanguageModel
-from vora_jax.nn.adapters import LowRank
+from vora_jax.nn.adapters import DualLowRank, LowRank, ModalityKernel
 from vora_jax.nn.block import LINEARS
+from vora_jax.nn.gated_prompts import GatedPrompts
+from vora_jax.nn.modality_mixture import ModalityMixture
 from vora_jax.nn.stack import LayerGroup
 from vora_jax.ops.rope import RopeScaling
 from vora_jax.params import flatten, unflatten
+from vora_jax.vision.cue_enhancer import CueEnhancer
 from vora_jax.vision.encoder_frontend import EncoderFrontend, Projector
 from vora_jax.vision.patch_embed import PatchEmbed
 from vora_jax.vision.patch_frontend import PatchFrontend
@@ -97,6 +101,18 @@ def make_variety() -> dict[str, tuple[Method, str]]:
     aimv2 = _vit(_embed(positions='sincos'), 'rms', 'silu_gated', pool='attention')
     no_adapters = (LayerGroup(3),)
     patches = PatchFrontend(_embed(positions='bicubic', norm=False, cls_token=True, mask_token=True))
+    dual = {scope: DualLowRank(rank, scope=scope) for rank, scope in enumerate(('all', 'vision', 'text'), 8)}
+    kernels = (('q_proj', (ModalityKernel('text'), dual['vision'])), ('o_proj', (low['vision'], dual['all'])),
+               ('v_proj', (ModalityKernel(), low['all'], ModalityKernel('text'))), ('up_proj', (dual['text'],)))
+    mixture = ModalityMixture(4, 2, 0.7, 3.0)
+    three, one = (dataclasses.replace(mixture, num_experts=count, num_groups=1) for count in (3, 1))
+    routed = LayerGroup(1, mixtures=(('mlp', three), ('attention', mixture)))
+    by_itself = dataclasses.replace(three, route_by='own')
+    own = LayerGroup(2, (('k_proj', (ModalityKernel(),)),), mixtures=(('attention', by_itself),), prompts=GatedPrompts(2))
+    tokens = EncoderFrontend(clip, (0, -1, 1), Projector(activation='silu', hidden_width=7), fusion='tokens',
+                             mixtures=(('mlp', mixture), ('attention', one)))
+    cls = EncoderFrontend(dino, (1, 0), Projector(3, hidden_width=9), 'cls', mixtures=(('mlp', three),))
+    cued = EncoderFrontend(siglip, (-1, 0), Projector(1), fusion=CueEnhancer(4, 3, -1, final_norm=False))
     return {
         'llama': (variants.language_model(llama), 'pretrain'),
         'several': (_built(VisionLanguageModel(LLM, several, PatchFrontend(_embed()))), 'only'),
@@ -108,17 +124,28 @@ def make_variety() -> dict[str, tuple[Method, str]]:
                         cls=True), 'only'),
         'siglip': (variants.llava(qwen3, siglip, Projector(3), (-1,)), 'pretrain'),
         'aimv2': (variants.llava(linear, aimv2, Projector(2, False), (-2, -1)), 'finetune'),
+        'kernels': (_built(VisionLanguageModel(linear, (LayerGroup(3, kernels),), PatchFrontend(_embed()))), 'only'),
+        'routed': (_built(VisionLanguageModel(LLM, (routed, own), tokens, route_token=True), cls=True, tokens_per_place=3,
+                          route_token=True), 'only'),
+        'cls': (_built(VisionLanguageModel(qwen3, no_adapters, cls), cls=True, select='cls', bidirectional=False), 'only'),
+        'pooled': (variants.llava(LLM, clip, Projector(), pool=2), 'finetune'),
+        'pooled_tokens': (_built(VisionLanguageModel(LLM, no_adapters, EncoderFrontend(
+            dino, (0, -1), Projector(1), fusion='tokens', pool=3)), cls=True, tokens_per_place=2, pool=3), 'only'),
+        'prompted': (variants.llama_adapter(qwen3, clip, Projector(1), GatedPrompts(3), 2, pool=2), 'finetune'),
+        'cued': (_built(VisionLanguageModel(LLM, no_adapters, cued)), 'only'),
     }
 
 
 @functools.cache
 def make_any(kind: str):
-    """(params, model, rule) of a kind of KINDS or `make_variety`."""
+    """(params, model, rule) of a kind of KINDS, METHODS or `make_variety`."""
     if kind in KINDS:
         params, model = make_model(kind)
         return params, model, VisionTokenRule(PATCH) if model.vision else None
-    method, stage = make_variety()[kind]
+    method, stage = METHODS[kind] if kind in METHODS else make_variety()[kind]
     model = method.stage(stage).model
+    if kind in METHODS:  # the words of `make_tokenizer`
+        model = model.clone(llm=dataclasses.replace(model.llm, vocab_size=VOCAB))
     return random_params(model), model, method.vision_tokens
 
 

@@ -118,7 +118,9 @@ def test_ids_and_masks_are_those_of_transformers(folders, name, kind, text):
 
 @pytest.mark.parametrize('name, kind', [
     *((name, 'qwen') for name in ('chatml', 'chatml_system', 'vora', 'qwen2.5', 'smollm2', 'plain')), ('llama3', 'llama3'),
-    *((name, kind) for name in ('vicuna_v1', 'llama2') for kind in ('llama2', 'llama2_legacy', 'llama2_model'))])
+    *((name, kind) for name in ('image_first', 'image_first_instruction') for kind in ('qwen', 'llama3')),
+    *((name, kind) for name in ('vicuna_v1', 'llama2', 'image_first', 'image_first_instruction')
+      for kind in ('llama2', 'llama2_legacy', 'llama2_model'))])
 def test_the_written_template_gives_the_same_prompts(folders, name, kind):
     """`jinja` is what an exported folder holds."""
     transformers = pytest.importorskip('transformers', reason="needs pip install 'vora_jax[torch]'")
@@ -130,6 +132,8 @@ def test_the_written_template_gives_the_same_prompts(folders, name, kind):
         # Where answers or end marks are tokenised apart, no token of the reference may reach over their border.
         if template.apart:
             exchanges = [(question, answer.strip('\n \t\r.\u200b\u0301') + '!') for question, answer in exchanges]
+        elif template.answers_apart:
+            exchanges = [(f'{question}:', answer) for question, answer in exchanges]
         elif name == 'plain':
             exchanges = [(exchanges[0][0], exchanges[0][1].rstrip('\n \t\r.\u200b\u0301') + 'a')]
         exchanges[0] = ('<image>' + exchanges[0][0] + '<image>', exchanges[0][1])
@@ -144,7 +148,8 @@ def test_the_written_template_gives_the_same_prompts(folders, name, kind):
 
 
 @pytest.mark.parametrize('name, kind', [('qwen2.5', 'qwen'), ('vicuna_v1', 'llama2_model'), ('llama3', 'llama3'),
-                                        ('llama2', 'llama2'), ('chatml', 'qwen')])
+                                        ('llama2', 'llama2'), ('chatml', 'qwen'), ('image_first', 'llama2_model'),
+                                        ('image_first', 'qwen')])
 def test_fewer_turns_are_the_beginning_of_more(folders, name, kind):
     """Dropping the last turns of a conversation gives what the shorter conversation gives."""
     ours, template = load_tokenizer(folders[kind]), find_template(name)
@@ -155,6 +160,56 @@ def test_fewer_turns_are_the_beginning_of_more(folders, name, kind):
         shorter = render(record('S', exchanges[:number], 'x'), ours, template)
         assert flat([piece for turn in turns[:number] for piece in turn]) == flat(shorter)
     assert all(flat(turn)[1].count(1) >= 1 and template.end_id(ours) in flat(turn)[0] for turn in turns)
+
+
+@pytest.mark.parametrize('kind', ['llama2', 'llama2_legacy', 'llama2_model', 'qwen', 'llama3'])
+@pytest.mark.parametrize('image', [True, False], ids=['picture', 'text_only'])
+def test_pictures_first_is_begin_mark_question_answer_end(folders, kind, image):
+    """The stretches of LaVIN's sequence, each tokenised for itself as a text that begins with a space."""
+    ours, template = load_tokenizer(folders[kind]), find_template('image_first')
+    begin = [] if ours.bos_id is None else [ours.bos_id]
+
+    def stretch(text, first=False):
+        return ours.encode(text if first else f' {text}')
+
+    question, answer = 'Question: what colour?\nOptions: (A) red (B) blue\nResponse:', 'The answer is A. BECAUSE: x'
+    mark = [*stretch('Image: ', True), -1] if image else stretch('Image: N/A', True)
+    whole = stretch(question + answer)
+    learned = len(whole) - len(stretch(question))
+    frames, shown = ['a'] * image, '<image>\n' * image + question
+    ids, mask = flat(render(record(None, [(shown, answer)], frames), ours, template))
+    assert ids == [*begin, *mark, *whole, ours.eos_id]
+    assert mask == [0] * (len(ids) - learned - 1) + [1] * (learned + 1)
+    prompt = flat(render_prompt(question, int(image), ours, template))[0]
+    assert prompt == ids[:len(ids) - learned - 1] == flat(render_prompt(shown, int(image), ours, template))[0]
+    if image and 'llama2' in kind:  # the space before the picture is a token of its own, as the one of `a ` is
+        assert mark[-2] == ours.encode('a ')[-1] and ours.decode([ours.encode('a')[0], mark[-2]]) == 'a '
+
+
+def test_no_token_reaches_over_the_beginning_of_an_answer(tmp_path, monkeypatch):
+    """Byte-level tokenizers join a colon to the word behind it, if the pair is frequent."""
+    pairs = [f'{begin}:{word}' for begin in ('Response', 'b') for word in ('The', 'the')] * 50
+    monkeypatch.setattr(tiny, 'TEXTS', pairs)
+    ours = load_tokenizer(tiny.byte_level(tmp_path))
+    whole, template = ours.encode('Response:The answer'), find_template('image_first')
+    assert any(ours.decode([token]).startswith(':') and len(ours.decode([token])) > 1 for token in whole)
+    for question, answer in (('Response:', 'The answer'), ('x<image>:', 'The'), ('<image>', 'The'), ('a:', '')):
+        ids, mask = flat(render(record(None, [(question, answer), ('b:', 'The')], 'x' * question.count('<image>')),
+                                ours, template))
+        prompt = flat(render_prompt(question, question.count('<image>'), ours, template))[0]
+        assert ids[:len(prompt)] == prompt and mask[:len(prompt)] == [0] * len(prompt)
+        learned = [token for token, one in zip(ids, mask) if one]
+        assert learned == [*ours.encode(answer), ours.eos_id, *ours.encode('The'), ours.eos_id]
+
+
+def test_pictures_first_with_several_turns(folders):
+    ours, template = load_tokenizer(folders['qwen']), find_template('image_first_instruction')
+    exchanges = [('a', 'b'), ('c <image> d<image>', 'e'), ('f', 'g')]
+    pieces = render(record('S', exchanges, 'xy'), ours, template)
+    shown = [piece.index if isinstance(piece, Image) else ours.decode(piece.ids) for piece in pieces]
+    told = ['S Image: N/A Instruction: a\nResponse:', 'b', '<|im_end|>', ' Image: ', 0, 1,
+            ' Instruction: c  d\nResponse:', 'e', '<|im_end|>', ' Instruction: f\nResponse:', 'g', '<|im_end|>']
+    assert shown == told
 
 
 def test_plain_is_picture_caption_line_break(folders):

@@ -1,11 +1,18 @@
 """Prompts as rows of one static size."""
+import dataclasses
+import json
+
 import numpy as np
 import pytest
 import tiny_pictures
 
+from vora_jax.data.config import Source
+from vora_jax.data.packing import layout
+from vora_jax.data.samples import Samples
 from vora_jax.data.tokenizer import load_tokenizer
 from vora_jax.evaluation.prompts import Prompt, PromptRows
-from vora_jax.types import PAD, TEXT, VISION, UserError
+from vora_jax.method import VisionTokenRule
+from vora_jax.types import PAD, ROUTE, TEXT, VISION, UserError
 
 
 @pytest.fixture(scope='module')
@@ -72,3 +79,33 @@ def test_mistakes_name_the_row(make_rows, folder):
     rows = make_rows(Prompt('what?', (str(broken),), where='row 7'))
     with pytest.raises(UserError, match='^row 7: image .*broken.png cannot be read'):
         list(rows.batches(1))
+
+
+@pytest.mark.parametrize('template', ['image_first', 'image_first_instruction'])
+def test_a_prompt_is_the_training_row_up_to_its_answer(folder, tmp_path, template):
+    """With a slot that routes, [cls] tokens of three taps, and the pictures in front; with and without a picture."""
+    rule = VisionTokenRule(8, cls=True, bidirectional=False, select='cls', tokens_per_place=3, route_token=True)
+    picture, question = str(folder / 'images/1.png'), 'Question: what?\nOptions: (A) x (B) y\nResponse:'
+    rows = [{'frames': [picture], 'conversations': [{'from': 'human', 'value': f'<image>\n{question}'},
+                                                    {'from': 'gpt', 'value': 'The answer is A.'}]},
+            {'conversations': [{'from': 'human', 'value': question}, {'from': 'gpt', 'value': 'The answer is A.'}]}]
+    file = tmp_path / 'rows.jsonl'
+    file.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    config, _ = tiny_pictures.config(folder)
+    data = dataclasses.replace(config.data, template=template, sources=(Source(str(file)),), max_slots=192)
+    samples, tokenizer = Samples(data, rule), load_tokenizer(data.tokenizer)
+    prompts = PromptRows([Prompt(question, (picture,)), Prompt(question)], data, rule, tokenizer)
+    asked, = prompts.batches(2)
+    for number in range(2):
+        trained = layout([samples.segment(number)], samples.budgets, rule=rule)
+        length = int((asked.modality[number] != PAD).sum())
+        assert length == int(trained.loss_mask.argmax()) + 1  # the last slot of the prompt predicts the answer
+        for name in ('tokens', 'modality', 'positions', 'key_start', 'key_stop', 'route_slot'):
+            np.testing.assert_array_equal(getattr(asked, name)[number, :length], getattr(trained, name)[:length], name)
+        assert (trained.modality[0], trained.tokens[0]) == (ROUTE, 1 - number)
+        assert (trained.modality == VISION).sum() == 3 * (1 - number)
+        text = tokenizer.decode(trained.tokens[trained.modality == TEXT])
+        assert text.startswith('Image:  ' if number == 0 else 'Image: N/A ')
+        assert text.endswith('Response:The answer is A.<|im_end|>')
+        learned = trained.targets[trained.loss_mask > 0]
+        assert tokenizer.decode(learned) == 'The answer is A.<|im_end|>' and learned[-1] == prompts.end_id

@@ -28,9 +28,10 @@ def test_questions_carry_the_record(tmp_path):
     full = record('<image>\nwhat?', frames=['a.png'], kind='shape', id='x')
     file = write(tmp_path / 'test.jsonl', full, record())
     first, second = read_questions(Eval(file))
-    assert first[:-1] == ('x', 'shape', '<image>\nwhat?', None, 'blue', (str(tmp_path / 'a.png'),))
+    assert first[:6] == ('x', 'shape', '<image>\nwhat?', None, 'blue', (str(tmp_path / 'a.png'),))
+    assert (first.groups, first.choice, first.num_choices) == ((), '', 0)
     assert first.where == f'{file} row 1'
-    assert second[:-1] == ('1', 'other', 'what?', None, 'blue', ())
+    assert second[:6] == ('1', 'other', 'what?', None, 'blue', ())
     assert read_questions(Eval(file, image_root='/pictures'))[0].images == ('/pictures/a.png',)
 
 

@@ -8,7 +8,7 @@ from tiny_model import random_params, strict  # noqa: F401
 from vora_jax.merge import plan_fold
 from vora_jax.nn.adapted_dense import AdaptedDense
 from vora_jax.nn.adapters import LowRank
-from vora_jax.nn.slots import SlotContext
+from vora_jax.nn.slots import SlotContext, vision_slots
 from vora_jax.types import PAD, TEXT, VISION, UserError
 
 MODALITY = np.int8([[TEXT, VISION, VISION, TEXT, PAD], [TEXT, TEXT, TEXT, PAD, PAD]])
@@ -16,7 +16,8 @@ X = np.random.default_rng(0).normal(size=(2, 5, 6)).astype(np.float32)
 
 
 def context(adapters_on=None):
-    return SlotContext(None, MODALITY, adapters_on=adapters_on, vision_slot=np.int32([[1, 2, -1], [-1, -1, -1]]))
+    vision = vision_slots(np.int32([[1, 2, -1], [-1, -1, -1]]), MODALITY, adapters_on)
+    return SlotContext(None, MODALITY, adapters_on=adapters_on, vision=vision)
 
 
 def layer(*adapters):

@@ -22,6 +22,7 @@ RUN = Train(tiny_run.vora(), DATA, 'pretrain', steps=10, batch_rows=8)
         ({'batch_rows': 16}, 'Train.batch_rows'),
         ({'stage': 'finetune'}, 'Train.stage'),
         ({'optimizer': Optimizer(b2=0.9)}, 'Train.optimizer.b2'),
+        ({'optimizer': Optimizer(warmup_from_zero=True)}, 'Train.optimizer.warmup_from_zero'),
         ({'data': dataclasses.replace(DATA, max_slots=9)}, 'Train.data.max_slots'),
         ({'data': dataclasses.replace(DATA, sources=(Source('a'), Source('b')))}, 'Train.data.sources'),
         (
@@ -75,6 +76,7 @@ def test_equal_runs_do_not_differ():
         ({'accumulation': 3}, ('Train.batch_rows', '8', 'Train.accumulation = 3')),
         ({'stage': 'pretain'}, ('Train.stage', "'pretain'", 'pretrain')),
         ({'optimizer': Optimizer(schedule='cosine')}, ('Optimizer.decay_steps',)),
+        ({'optimizer': Optimizer(warmup_from_zero=True)}, ('Optimizer.warmup_from_zero', 'Optimizer.warmup_steps')),
         ({'optimizer': Optimizer(learning_rate=-1.0)}, ('Optimizer.learning_rate', '-1')),
         ({'frozen_dtype': 'float16'}, ('Train.frozen_dtype', 'bfloat16')),
     ],

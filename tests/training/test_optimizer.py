@@ -33,6 +33,18 @@ def test_cosine_with_warmup():
     assert float(optimizer.schedule(Optimizer(1.0, warmup_steps=2))(5)) == 1.0
 
 
+def test_warmup_from_zero_is_the_original_schedule():
+    """(fractional epoch, rate) of LaVIN's released code at dd0a1bf: 20 epochs, 2 of them warm-up."""
+    golden = [(0, 0.0), (0.5, 0.00028125), (1, 0.0005625), (2, 0.001125), (5, 0.0010496392896287468), (11, 0.0005625),
+              (19, 8.545638930632987e-06), (19.99, 8.567362756728424e-10)]
+    per_epoch = 500
+    config = Optimizer(1.125e-3, 'cosine', decay_steps=20 * per_epoch, warmup_steps=2 * per_epoch, warmup_from_zero=True)
+    rate = jax.jit(optimizer.schedule(config))
+    for epoch, expected in golden:
+        step = jnp.asarray(round(epoch * per_epoch), jnp.int32)
+        np.testing.assert_allclose(rate(step), np.float32(expected), rtol=2.5e-7)  # 2 float32 roundings; measured: 1
+
+
 def test_norms_and_biases_do_not_decay():
     updates = one_update(Optimizer(0.1, weight_decay=0.5))
     assert not updates['frontend']['bias'].any()

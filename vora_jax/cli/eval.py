@@ -9,7 +9,7 @@ import tqdm
 
 from vora_jax.cli import gin_config
 from vora_jax.cli.opened_model import open_model
-from vora_jax.evaluation.config import Eval
+from vora_jax.evaluation.config import SCORER_NAMES, Eval
 from vora_jax.evaluation.report import choose_examples, draw_grid
 from vora_jax.evaluation.tasks import Prediction, evaluate
 from vora_jax.params import count, partition
@@ -17,6 +17,8 @@ from vora_jax.types import UserError
 
 HELP = """Score a checkpoint: exact match of free greedy answers, lower-cased and stripped.
 
+--scorer choice reads the letter of `The answer is X.` instead; on rows of `vora prepare science-qa` the table then has
+the columns of ScienceQA. Answers without a letter count as wrong and are told below the table.
 The column `blind` is the same model with the pictures shuffled between the questions: what the text gives.
 CONFIG.gin and the --gin arguments set `Eval` (Eval.data, Eval.batch_rows, ...); some have a flag below.
 """
@@ -30,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--data', metavar='FILE', help='JSON lines with one question each (Eval.data)')
     parser.add_argument('--max-per-kind', action='append', default=[], type=_kind_limit, metavar='KIND=N',
                         help='a seeded choice of N questions of a kind; repeatable (Eval.max_per_kind)')
+    parser.add_argument('--scorer', choices=SCORER_NAMES, help='what makes an answer right; default exact (Eval.scorer)')
     parser.add_argument('--no-blind', action='store_true', help='leave the blind run out (Eval.blind)')
     parser.add_argument('--json', metavar='FILE', help='write the results as JSON')
     parser.add_argument('--predictions', metavar='FILE', help='write every answer as JSON lines')
@@ -67,7 +70,10 @@ def table(results: dict[str, Any]) -> str:
     rows.append(('all', f'{results["num_questions"]:,}', _percent(results['accuracy']),
                  *([_percent(results['blind_accuracy'])] if blind else [])))
     width = max(len(row[0]) for row in rows)
-    return '\n'.join(row[0].ljust(width) + ''.join(cell.rjust(11) for cell in row[1:]) for row in rows)
+    lines = [row[0].ljust(width) + ''.join(cell.rjust(11) for cell in row[1:]) for row in rows]
+    if results['num_unreadable']:
+        lines.append(f'{results["num_unreadable"]:,} answers name no choice')
+    return '\n'.join(lines)
 
 
 def _config(args: argparse.Namespace) -> Eval:
@@ -76,6 +82,8 @@ def _config(args: argparse.Namespace) -> Eval:
         bindings.append(f'Eval.data={args.data!r}')
     if args.max_per_kind:
         bindings.append(f'Eval.max_per_kind={tuple(args.max_per_kind)!r}')
+    if args.scorer is not None:
+        bindings.append(f'Eval.scorer={args.scorer!r}')
     if args.no_blind:
         bindings.append('Eval.blind=False')
     files = [args.config] * bool(args.config) + list(args.gin_files)
@@ -93,7 +101,7 @@ def _kind_limit(text: str) -> tuple[str, int]:
 
 
 def _percent(share: float) -> str:
-    return f'{100 * share:.1f} %'
+    return f'{100 * share:.2f} %'
 
 
 def _write(path: str, flag: str, text: str) -> None:

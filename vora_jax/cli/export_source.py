@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from vora_jax.batch import Batch
 from vora_jax.cli import gin_config
 from vora_jax.cli.made_up_prompts import probe_batch
+from vora_jax.cli.partial_checkpoint import check_whole
 from vora_jax.convert.export.to_hf import Provenance
 from vora_jax.convert.families.own_layout import Prompting
 from vora_jax.data.config import Data
@@ -52,13 +53,18 @@ class Source(NamedTuple):
         return probe_batch(self.data, self.rule, self.tokenizer)
 
 
-def open_source(path: str) -> Source:
+def open_source(path: str, adapters_only: bool = False) -> Source:
     """The checkpoint of a workdir or step, of any method.
 
+    Args:
+        adapters_only: nothing else is needed of it.
+
     Raises:
-        UserError: not a checkpoint.
+        UserError: not a checkpoint, or adapters without their model.
     """
     opened = checkpoint.open_checkpoint(path)
+    if not adapters_only:
+        check_whole(opened)
     config, _ = gin_config.load('Train', texts=[opened.config_text])
     stage, folder = config.method.stage(config.stage), opened.tokenizer_dir
     tokenizer = load_tokenizer(str(folder)) if folder and pathlib.Path(folder).is_dir() else None

@@ -36,6 +36,7 @@ def bindables() -> dict[str, Callable]:
     from vora_jax.evaluation.config import Eval
     from vora_jax.llm.decoder import LanguageModel
     from vora_jax.nn.adapters import DualLowRank, LowRank, ModalityKernel
+    from vora_jax.nn.gated_prompts import GatedPrompts
     from vora_jax.nn.modality_mixture import ModalityMixture
     from vora_jax.ops.rope import RopeScaling
     from vora_jax.training.config import Checkpoint, Mesh, Optimizer, Train
@@ -50,7 +51,7 @@ def bindables() -> dict[str, Callable]:
         if inspect.isfunction(f) and f.__module__ == variants.__name__ and not name.startswith('_')
     ]
     leaves = [LanguageModel, RopeScaling, Vit, PatchEmbed, Projector, CueEnhancer, LowRank, DualLowRank, ModalityKernel,
-              ModalityMixture, Source, ImagePolicy, Data, Optimizer, Mesh, Checkpoint]
+              ModalityMixture, GatedPrompts, Source, ImagePolicy, Data, Optimizer, Mesh, Checkpoint]
     return {bindable.__name__: bindable for bindable in (*leaves, *methods, Train, Eval)}
 
 

@@ -12,9 +12,11 @@ import tqdm
 
 from vora_jax import variants
 from vora_jax.cli.config_text import config_text
+from vora_jax.cli.import_adapters import import_adapters, report
 from vora_jax.cli.imported_data import Guess, copy_tokenizer_files, guess_template, imported_data
 from vora_jax.cli.processes import join_processes
 from vora_jax.convert import from_hf
+from vora_jax.convert.adapters.formats import looks_like_adapters
 from vora_jax.convert.families.recognise import Recognised, recognise
 from vora_jax.convert.files.safetensors_files import open_folder
 from vora_jax.convert.names import name_map
@@ -27,14 +29,22 @@ from vora_jax.training import checkpoint, sharding
 from vora_jax.training.config import Mesh, Train
 from vora_jax.types import UserError
 
-HELP = """Read a Hugging Face folder (weights in safetensors, config.json) as a checkpoint.
+HELP = """Read a Hugging Face folder (weights in safetensors, config.json), or adapters, as a checkpoint.
 
 Language models: Qwen2, Qwen2.5, Qwen3, Llama, Vicuna, SmolLM, Mistral. Encoders: CLIP, SigLIP, AIMv2, DINOv2. Whole
 models: LLaVA-1.5, VoRA, and what `vora export` writes. Every tensor is used, or named with the reason why it is not.
 The weights keep their dtype. A training run starts from the result with --init-from.
+
+With --config, the files of adapters that the papers' own code writes: LaVIN's checkpoint-N.pth, LLaVA's mm_projector.bin
+and LoRA folders, adapter_weight.pth of VCE + Dual-LoRA. CONFIG names method, sizes and stage; the file must hold exactly
+what that stage trains (mm_projector.bin: the projector of any stage). The result holds the adapters alone, and a training
+run takes them as one of its --init-from; with --init-from here it is a whole model, to be evaluated or exported.
 """
 EXAMPLE = """vora import SmolLM2-135M-Instruct --to runs/smollm2
-vora import aimv2-huge-patch14-448 --to runs/aimv2"""
+vora import aimv2-huge-patch14-448 --to runs/aimv2
+vora import checkpoint-20.pth --config configs/lavin/science_qa_7b.gin --to runs/adapters
+vora import checkpoint-20.pth --config configs/lavin/science_qa_7b.gin --to runs/whole \\
+    --init-from runs/llama --init-from frontend/encoder=runs/clip:encoder"""
 
 
 _COMPILATION = ('/jax/core/compile/jaxpr_to_mlir_module_duration', '/jax/core/compile/backend_compile_duration')
@@ -42,11 +52,15 @@ _COMPILATION = ('/jax/core/compile/jaxpr_to_mlir_module_duration', '/jax/core/co
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `vora import`."""
-    parser.add_argument('folder', metavar='DIR', help='the Hugging Face folder')
+    parser.add_argument('folder', metavar='DIR', help='the Hugging Face folder; with --config also a file')
     parser.add_argument('--to', required=True, metavar='W', help='workdir to write; must not hold a run yet')
     parser.add_argument('--dtype', choices=('keep', 'float32', 'bfloat16', 'float16'), default='keep',
                         help="of the weights; keep, the default, takes the files'")
     parser.add_argument('--template', metavar='NAME', help="chat template; otherwise the folder's own is recognised")
+    parser.add_argument('--config', metavar='CONFIG', help='.gin file of the stage that trained the adapters in DIR; with '
+                        'it, --gin.NAME=VALUE sets values')
+    parser.add_argument('--init-from', action='append', default=[], metavar='CKPT', dest='init_from',
+                        help='with --config: the weights beside the adapters, as in `vora train` (repeatable)')
     parser.add_argument('--teacher-heads', type=int, metavar='N', help='attention heads of the teacher inside an unmerged '
                         'VoRA checkpoint, which its files do not tell; default width / 128')
     parser.add_argument('--json', metavar='FILE', help='write what was done, with seconds, to this file')
@@ -54,13 +68,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Writes the checkpoint; 0 on success. UserError on bad input."""
+    source, dtype = pathlib.Path(args.folder), None if args.dtype == 'keep' else args.dtype
+    files = [args.config] * bool(args.config) + list(args.gin_files)
+    for flag, given, wanted in (('--init-from', args.init_from, True), ('--gin', args.gin_bindings, True),
+                                ('--template', args.template, False), ('--teacher-heads', args.teacher_heads, False)):
+        if given and bool(files) != wanted:
+            raise UserError(f'{flag} is of use only with{"" if wanted else "out"} --config; correct one of '
+                            'them.')
     with join_processes():
         # JAX keeps SIGTERM for a last checkpoint, but a half-done import is worth none.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        done = import_folder(pathlib.Path(args.folder), args.to, None if args.dtype == 'keep' else args.dtype,
-                             args.template, args.teacher_heads)
+        if files:
+            done = import_adapters(source, args.to, files, args.gin_bindings, args.init_from, dtype)
+        else:
+            done = import_folder(source, args.to, dtype, args.template, args.teacher_heads)
         if jax.process_index() == 0:
-            print(_report(done))
+            print(report(done) if files else _report(done))
             if args.json:
                 _write_json(args.json, done)
     return 0
@@ -135,6 +158,8 @@ def _config(source: pathlib.Path) -> dict[str, Any]:
     """The content of config.json."""
     if not source.exists():
         raise UserError(f'{source} does not exist; correct the path.')
+    if looks_like_adapters(source):
+        raise UserError(f'{source} holds adapters, not a model; name their method and sizes with --config CONFIG.gin.')
     if not (source / 'config.json').is_file():
         raise UserError(f'{source} holds no config.json; give a Hugging Face folder, with all of its files.')
     return read_json(source / 'config.json')

@@ -29,7 +29,7 @@ VERBS = {
     'export': 'write a checkpoint as a PyTorch / Hugging Face folder',
     'verify': 'compare a checkpoint with its exported folder',
 }
-TAKES_GIN = ('train', 'eval')  # the others read the configuration that the checkpoint holds
+TAKES_GIN = ('train', 'eval', 'import')  # the others read the configuration that the checkpoint holds
 
 _GIN_HELP = """gin arguments:
   --gin.NAME=VALUE      set one value, for example --gin.vora.rank=64 or --gin.Train.stage=finetune
@@ -73,7 +73,7 @@ def _dispatch(argv: list[str]) -> int:
     arguments, files, bindings = _split(arguments)
     if (files or bindings) and verb not in TAKES_GIN:
         raise UserError(
-            f'{verb} takes no --gin arguments, only {" and ".join(TAKES_GIN)} do; leave them out.'
+            f'{verb} takes no --gin arguments, only {", ".join(TAKES_GIN)} do; leave them out.'
         )
     args = _parser(verb, module).parse_args(arguments)
     args.gin_files, args.gin_bindings = files, bindings

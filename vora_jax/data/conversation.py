@@ -138,6 +138,7 @@ def _render_whole(system: str | None, exchanges: Sequence[tuple[str, str]], toke
                   end: int) -> list[Turn]:
     """The turns of a conversation whose text is tokenised as a whole, as `transformers` does."""
     text, starts, learned, ends = template.opening(system), [], [], []
+    mark = template.end or ' '  # cut out again: it only needs a width
     for number, (question, answer) in enumerate(exchanges):
         starts.append(len(text) if number else 0)
         text += template.between if number and not template.closes else ''
@@ -146,8 +147,8 @@ def _render_whole(system: str | None, exchanges: Sequence[tuple[str, str]], toke
         text += template.answer(answer)
         learned.append((begin, len(text)))
         # The end mark is set as an id: one that is no special token would melt into the answer's last token.
-        ends.append((len(text), len(text) + len(template.end), Text([end], supervised=True)))
-        text += template.end + (template.between if template.closes else '')
+        ends.append((len(text), len(text) + len(mark), Text([end], supervised=True)))
+        text += mark + (template.between if template.closes else '')
     return _tokenize(text, ends, learned, starts, tokenizer, template)
 
 
@@ -166,7 +167,8 @@ def _tokenize(text: str, ends: Sequence[Cut], learned: Sequence[tuple[int, int]]
     turns[0] += [Text(lead)] if lead else []
     at = 0
     for begin, stop, piece in sorted([*images, *ends, (len(text), len(text), None)], key=lambda cut: cut[:2]):
-        tokens = zip(*tokenizer.encode_spans(text[at:begin], start=at == 0))
+        border = next((first for first, _ in learned if at < first < begin), at) if template.answers_apart else at
+        tokens = zip(*_encode(text[at:begin], border - at, at == 0, tokenizer))
 
         def place_of(token: tuple[int, tuple[int, int]], at: int = at) -> tuple[int, bool]:
             first, last = (offset + at for offset in token[1])
@@ -182,3 +184,13 @@ def _tokenize(text: str, ends: Sequence[Cut], learned: Sequence[tuple[int, int]]
             turns[bisect.bisect(starts, begin) - 1].append(piece)
         at = stop
     return turns
+
+
+def _encode(text: str, border: int, start: bool, tokenizer: Tokenizer) -> tuple[list[int], list[tuple[int, int]]]:
+    """`Tokenizer.encode_spans`, but no token reaches over the border, a place in the text; 0 for none."""
+    ids, spans = tokenizer.encode_spans(text, start)
+    if not any(first < border < last for first, last in spans):
+        return ids, spans
+    ids, spans = tokenizer.encode_spans(text[:border], start)
+    more, behind = tokenizer.encode_spans(text[border:], start=False)
+    return [*ids, *more], [*spans, *((first + border, last + border) for first, last in behind)]

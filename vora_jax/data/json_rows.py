@@ -1,19 +1,31 @@
-"""Checks a JSON-lines file and keeps its good rows."""
+"""Checks rows of conversations and keeps the good ones."""
 import json
 import os
 import pathlib
-from typing import Any, Callable, Iterable
+from typing import Any, Callable, Iterable, Protocol
 
 from vora_jax.data.conversation import check_record
 from vora_jax.data.image import decode
-from vora_jax.data.sources import JsonLines
 from vora_jax.data.tokenizer import train_sentencepiece
 from vora_jax.types import UserError
 
 ROWS = 'data.jsonl'
 
 
-def convert(path: str, image_root: str, folder: pathlib.Path, progress: Callable[..., Iterable],
+class Rows(Protocol):
+    """Numbered rows of a file: `sources.JsonLines`, `listed_rows.ListedRows`."""
+
+    path: str
+    sha256: str
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, row: int) -> Any: ...
+
+    def where(self, row: int) -> str: ...
+
+
+def convert(rows: Rows, image_root: str, folder: pathlib.Path, progress: Callable[..., Iterable],
             vocab_size: int = 0) -> dict[str, Any]:
     """Writes the good rows to `folder/data.jsonl`, frames as absolute paths; returns the manifest's content.
 
@@ -21,19 +33,16 @@ def convert(path: str, image_root: str, folder: pathlib.Path, progress: Callable
     be decoded to its last byte.
 
     Args:
-        path: the JSON-lines file.
+        rows: of the file.
         image_root: folder the frames are relative to; '' is the folder of the file.
         folder: an existing empty folder.
         progress: wraps an iterable to show progress; takes `desc`.
         vocab_size: trains a tokenizer of this size on the texts; 0 trains none.
-    Raises:
-        UserError: the file is missing or empty.
     """
-    rows = JsonLines(path)
-    root = os.path.abspath(image_root or os.path.dirname(path))
+    root = os.path.abspath(image_root or os.path.dirname(rows.path))
     seen: dict[str, str | None] = {}
     dropped, kept, texts = [], [], []
-    for number in progress(range(len(rows)), desc=os.path.basename(path)):
+    for number in progress(range(len(rows)), desc=os.path.basename(rows.path)):
         try:
             record = rows[number]
             _, exchanges, frames = check_record(record, rows.where(number))
@@ -47,17 +56,17 @@ def convert(path: str, image_root: str, folder: pathlib.Path, progress: Callable
         texts += [text for exchange in exchanges for text in exchange]
     lines = ''.join(json.dumps(record, ensure_ascii=False) + '\n' for record in kept)
     (folder / ROWS).write_text(lines, encoding='utf-8')
-    content = {'source': source(path, image_root, rows.sha256, vocab_size), 'rows': len(rows),
+    content = {'source': source(rows, image_root, vocab_size), 'rows': len(rows),
                'counts': {'data': len(kept)}, 'dropped': dropped}
     if vocab_size and kept:
         content['vocab_size'] = train_sentencepiece(texts, str(folder / 'tokenizer'), vocab_size).vocab_size
     return content
 
 
-def source(path: str, image_root: str, sha256: str, vocab_size: int) -> dict[str, Any]:
+def source(rows: Rows, image_root: str, vocab_size: int) -> dict[str, Any]:
     """What identifies the result: two equal sources give the same folder."""
-    return {'name': os.path.basename(path), 'sha256': sha256, 'vocab_size': vocab_size,
-            'image_root': os.path.abspath(image_root or os.path.dirname(path))}
+    return {'name': os.path.basename(rows.path), 'sha256': rows.sha256, 'vocab_size': vocab_size,
+            'image_root': os.path.abspath(image_root or os.path.dirname(rows.path))}
 
 
 def _check_picture(file: str, where: str, seen: dict[str, str | None]) -> None:

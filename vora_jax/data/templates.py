@@ -21,12 +21,16 @@ class Template:
     around_system, around_question: texts before and after.    system_in_question: the system message is part of the
         first question (and stripped with it).
     around_answer: learned texts before and after an answer.
-    end: ends an answer, learned.
+    end: ends an answer, learned; '' is the tokenizer's own end of a text.
     between: stands between a turn and the next.    closes: and also after the last one.
     strip: messages lose the white space around them.
     pictures_only: of a question only its pictures are shown.
+    pictures_first: (text around a question's pictures, taken out of it and put in front, where `<image>` stands for all of
+        them; text in front of a first question without any); () leaves pictures where they are.
     apart: questions and answers are tokenised each for itself; otherwise the conversation is tokenised as a whole, so
         that a token may hold the last characters of a prompt and the first of its answer.
+    answers_apart: an answer is tokenised for itself where such a token would come out (Qwen's `:The`), so that a prompt is
+        always the beginning of what was trained on.
     """
 
     name: str
@@ -42,7 +46,9 @@ class Template:
     closes: bool = False
     strip: bool = False
     pictures_only: bool = False
+    pictures_first: tuple[str, ...] = ()
     apart: bool = False
+    answers_apart: bool = False
 
     def opening(self, system: str | None = None) -> str:
         """The text before the first question; `system`: the record's own message."""
@@ -55,10 +61,15 @@ class Template:
         """The text of one question, up to where its answer begins."""
         if self.pictures_only:
             text = IMAGE * text.count(IMAGE)
+        lead = ''
+        if self.pictures_first:
+            pictures, text = IMAGE * text.count(IMAGE), text.replace(IMAGE, '')
+            some, none = self.pictures_first
+            lead = some.replace(IMAGE, pictures) if pictures else none * first
         message = self._system(system)
         if first and self.system_in_question and message:
             text = message.join(self.around_system) + text
-        return (text.strip() if self.strip else text).join(self.around_question)
+        return lead + (text.strip() if self.strip else text).join(self.around_question)
 
     def answer(self, text: str) -> str:
         """The learned text of an answer, without its end mark."""
@@ -71,6 +82,8 @@ class Template:
             UserError: the tokenizer has no such token. (A ChatML that is tokenised apart ends with the tokenizer's own
                 end of text then.)
         """
+        if not self.end:
+            return tokenizer.eos_id
         token = tokenizer.token_id(self.end)
         if token is not None:
             return token
@@ -93,6 +106,11 @@ VICUNA_SYSTEM = ('A chat between a curious user and an artificial intelligence a
                  "The assistant gives helpful, detailed, and polite answers to the user's questions.")
 HEADER = '<|start_header_id|>{}<|end_header_id|>\n\n'
 CHATML = Template('chatml', apart=True)
+# LaVIN's sequence: the pictures, or that there are none, come first and the answer follows the question without a space.
+# Its text is tokenised in stretches that all begin with a space; the spaces are written out here, so that the ids are
+# the same and an exported folder can give them too. A question of ScienceQA brings its own `Response:`.
+IMAGE_FIRST = Template('image_first', leads_with_bos=True, around_system=('', ' '), around_question=('', ''), end='',
+                       between=' ', strip=True, pictures_first=(f'Image: {IMAGE} ', 'Image: N/A '), answers_apart=True)
 
 TEMPLATES = {template.name: template for template in (
     CHATML,
@@ -111,6 +129,8 @@ TEMPLATES = {template.name: template for template in (
     # LLaVA's conv_plain for pretraining: a picture, its caption, a line break.
     Template('plain', leads_with_bos=True, around_system=('', ''), around_question=('', ''), end='\n',
              between='', pictures_only=True),
+    IMAGE_FIRST,
+    dataclasses.replace(IMAGE_FIRST, name='image_first_instruction', around_question=('Instruction: ', '\nResponse:')),
 )}
 
 
@@ -131,7 +151,13 @@ def jinja(template: Template, tokenizer: Tokenizer) -> str:
     # Behind <s> no tokenizer puts the space that it puts in front of texts: the template does.
     spaced = template.leads_with_bos and tokenizer.encode('a') != tokenizer.encode_spans('a', start=False)[0]
     strip = ' | trim' if template.strip else ''
-    content = f'text(message.content){strip}'
+    content, lead = f'text(message.content){strip}', ''
+    if template.pictures_first:
+        count = "(text(message.content).split('<image>') | length - 1)"
+        before, after = map(_quoted, template.pictures_first[0].split(IMAGE))
+        lead = (f"({before} + '<image>' * {count} + {after} if {count} else "
+                f"{_quoted(template.pictures_first[1])} if loop.first else '') + ")
+        content = f"text(message.content) | replace('<image>', ''){strip}"
     if template.pictures_only:
         content = "'<image>' * (text(message.content).split('<image>') | length - 1)"
     if template.system_in_question:
@@ -157,15 +183,16 @@ def jinja(template: Template, tokenizer: Tokenizer) -> str:
     always = told[:len(told) - len(marker)] if marker != told else ''
     between = _quoted(template.between)
     before, after = map(_quoted, template.around_answer)
+    end = _quoted(template.end) if template.end else 'eos_token'
     tail = f'{{{{- {between} -}}}}' if template.closes else \
         f'{{%- if not loop.last or add_generation_prompt -%}}{{{{- {between} -}}}}{{%- endif -%}}'
     lines += [
         "{%- for message in messages if message.role != 'system' -%}",
         "{%- if message.role == 'user' -%}",
-        f'{{{{- {_quoted(asked)} + {content} + {_quoted(always)} -}}}}',
+        f'{{{{- {lead}{_quoted(asked)} + {content} + {_quoted(always)} -}}}}',
         f'{{%- if not loop.last or add_generation_prompt -%}}{{{{- {_quoted(marker)} -}}}}{{%- endif -%}}',
         '{%- else -%}',
-        f'{{%- generation -%}}{{{{- {before} + text(message.content){strip} + {after} + {_quoted(template.end)} -}}}}'
+        f'{{%- generation -%}}{{{{- {before} + text(message.content){strip} + {after} + {end} -}}}}'
         '{%- endgeneration -%}',
         tail, '{%- endif -%}', '{%- endfor -%}']
     return '\n'.join(lines) + '\n'

@@ -1,7 +1,7 @@
 """Test questions: reading, choosing, shuffling their pictures."""
 import os
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,6 +19,8 @@ class Question(NamedTuple):
     id: the record's id, or its row number.    kind: what its score is grouped by.
     question: text with its `<image>` placeholders.    system: system message of the record, or None.
     answer: the expected answer.    images: picture files.    where: file and row, for messages.
+    groups: what its score counts in instead of `kind`; () for that alone.
+    choice, num_choices: letter of the right choice and how many there are; '' and 0 where it has none.
     """
 
     id: str
@@ -28,6 +30,9 @@ class Question(NamedTuple):
     answer: str
     images: tuple[str, ...]
     where: str
+    groups: tuple[str, ...] = ()
+    choice: str = ''
+    num_choices: int = 0
 
 
 def read_questions(config: Eval) -> list[Question]:
@@ -49,8 +54,18 @@ def read_questions(config: Eval) -> list[Question]:
         question, answer = exchanges[0]
         images = tuple(os.path.join(root, frame) for frame in frames)
         name, kind = str(record.get('id', number)), str(record.get('kind', NO_KIND))
-        questions.append(Question(name, kind, question, system, answer, images, where))
+        questions.append(Question(name, kind, question, system, answer, images, where, *_marking(record, where)))
     return choose(questions, config)
+
+
+def _marking(record: dict[str, Any], where: str) -> tuple[tuple[str, ...], str, int]:
+    """(groups, choice, num_choices) of a record; UserError if they are malformed."""
+    groups, choice, num_choices = record.get('groups', []), record.get('choice', ''), record.get('num_choices', 0)
+    if not isinstance(groups, list) or not all(isinstance(group, str) for group in groups):
+        raise UserError(f'{where}: groups is not a list of texts.')
+    if not isinstance(choice, str) or type(num_choices) is not int:
+        raise UserError(f'{where}: choice is not a letter, or num_choices not a number.')
+    return tuple(groups), choice, num_choices
 
 
 def choose(questions: Sequence[Question], config: Eval) -> list[Question]:

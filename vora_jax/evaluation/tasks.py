@@ -12,6 +12,7 @@ from vora_jax.data.tokenizer import Tokenizer, load_tokenizer
 from vora_jax.evaluation.config import Eval
 from vora_jax.evaluation.prompts import Prompt, PromptRows
 from vora_jax.evaluation.questions import Question, read_questions, shuffle_images
+from vora_jax.evaluation.scorers import SCORERS
 from vora_jax.llm.generate import greedy
 from vora_jax.method import VisionTokenRule
 from vora_jax.model import VisionLanguageModel
@@ -24,6 +25,7 @@ class Prediction(NamedTuple):
     """What the model said to a question.
 
     blind, blind_images, blind_correct: the same with other pictures; None and () where that was not asked.
+    readable: whether the scorer found what it reads.
     """
 
     question: Question
@@ -32,12 +34,17 @@ class Prediction(NamedTuple):
     blind: str | None = None
     blind_images: tuple[str, ...] = ()
     blind_correct: bool | None = None
+    readable: bool = True
 
     def row(self) -> dict[str, Any]:
         """The prediction as a JSON object."""
         asked = self.question
         row = {'id': asked.id, 'kind': asked.kind, 'images': list(asked.images), 'question': asked.question,
                'answer': asked.answer, 'prediction': self.prediction, 'correct': self.correct}
+        if asked.groups:
+            row['groups'] = list(asked.groups)
+        if not self.readable:
+            row['readable'] = False
         if self.blind is not None:
             row |= {'blind_images': list(self.blind_images), 'blind_prediction': self.blind,
                     'blind_correct': self.blind_correct}
@@ -56,13 +63,15 @@ def evaluate(model: VisionLanguageModel, params: Params, data: Data, rule: Visio
         config: what to measure. The blind run is left out where no question has a picture.
         progress: wraps an iterable to show progress; takes `total`, `desc` and `unit`.
     Returns:
-        results: accuracy, by_kind {kind: accuracy}, blind_accuracy and blind_by_kind after a blind run,
-            num_questions, num_by_kind, seconds, questions_per_second. Accuracies are from 0 to 1.
+        results: accuracy, by_kind {kind or group: accuracy}, blind_accuracy and blind_by_kind after a blind run,
+            num_questions, num_by_kind, num_unreadable, seconds, questions_per_second. Accuracies are from 0 to 1.
     Raises:
         UserError: see `read_questions`, `shuffle_images`, `PromptRows`.
     """
     started = time.perf_counter()
-    questions = read_questions(config)
+    questions, scorer = read_questions(config), SCORERS[config.scorer]
+    for question in questions:
+        scorer.check(question)
     asked = list(questions)
     if config.blind and any(question.images for question in questions):
         asked += shuffle_images(questions, config.seed)
@@ -71,13 +80,15 @@ def evaluate(model: VisionLanguageModel, params: Params, data: Data, rule: Visio
     rows = PromptRows(prompts, data, rule, tokenizer)
     texts = answer(model, params, rows, tokenizer, batch_rows=config.batch_rows,
                    max_new_tokens=config.max_new_tokens, progress=progress)
+    guess = config.seed if config.guess_unreadable else None
+    marks = [scorer.mark(text, questions[index % len(questions)], guess) for index, text in enumerate(texts)]
     predictions = []
-    for index, question in enumerate(questions):
-        prediction = Prediction(question, texts[index], matches(texts[index], question.answer))
+    for index, (question, (correct, readable)) in enumerate(zip(questions, marks)):
+        prediction = Prediction(question, texts[index], correct, readable=readable)
         if len(asked) > len(questions):
-            blind, shown = texts[len(questions) + index], asked[len(questions) + index].images
-            prediction = prediction._replace(blind=blind, blind_images=shown,
-                                             blind_correct=matches(blind, question.answer))
+            other = len(questions) + index
+            prediction = prediction._replace(blind=texts[other], blind_images=asked[other].images,
+                                             blind_correct=marks[other].correct)
         predictions.append(prediction)
     seconds = time.perf_counter() - started
     speed = {'seconds': seconds, 'questions_per_second': len(asked) / seconds}
@@ -110,15 +121,13 @@ def decode_answers(ids: np.ndarray, tokenizer: Tokenizer, end_id: int) -> list[s
     return texts
 
 
-def matches(prediction: str, expected: str) -> bool:
-    """Exact match after lower-casing and stripping."""
-    return prediction.strip().lower() == expected.strip().lower()
-
-
 def score(predictions: Sequence[Prediction]) -> dict[str, Any]:
-    """Accuracies over all predictions and by kind, see `evaluate`."""
-    kinds = sorted({prediction.question.kind for prediction in predictions})
-    groups = {kind: [p for p in predictions if p.question.kind == kind] for kind in kinds}
+    """Accuracies over all predictions and by kind or group, see `evaluate`."""
+    groups: dict[str, list[Prediction]] = {}
+    for prediction in predictions:
+        for kind in prediction.question.groups or (prediction.question.kind,):
+            groups.setdefault(kind, []).append(prediction)
+    groups = dict(sorted(groups.items()))
 
     def accuracies(field, prefix=''):
         def share(group):
@@ -130,4 +139,5 @@ def score(predictions: Sequence[Prediction]) -> dict[str, Any]:
     if predictions[0].blind is not None:
         results |= accuracies('blind_correct', 'blind_')
     return results | {'num_questions': len(predictions),
-                      'num_by_kind': {kind: len(group) for kind, group in groups.items()}}
+                      'num_by_kind': {kind: len(group) for kind, group in groups.items()},
+                      'num_unreadable': sum(not prediction.readable for prediction in predictions)}

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from vora_jax.batch import Batch
 from vora_jax.nn.cache import Cache
-from vora_jax.nn.slots import SlotContext
+from vora_jax.nn.slots import SlotContext, vision_slots
 from vora_jax.types import PAD, TEXT, Array, KeyRange, Params
 
 
@@ -47,7 +47,8 @@ def greedy(model: Any, params: Params, prompts: Batch, *, max_new_tokens: int, e
 
     slots = jnp.broadcast_to(jnp.arange(num_slots, dtype=jnp.int32)[None], (num_rows, num_slots))
     context = SlotContext(prompts.key_range, prompts.modality, adapters_on=adapters_on, write_slot=slots,
-                          route_slot=prompts.route_slot, vision_slot=prompts.vision_slot)
+                          route_slot=prompts.route_slot,
+                          vision=vision_slots(prompts.vision_slot, prompts.modality, adapters_on))
     cache = empty_cache(model, num_rows, num_slots + max_new_tokens)
     x = model.apply(variables, prompts, method='embed')
     hidden, cache = model.apply(variables, x, prompts.positions, context, cache, method='decode')
@@ -63,8 +64,9 @@ def greedy(model: Any, params: Params, prompts: Batch, *, max_new_tokens: int, e
     def decode(carry):
         step, token, ended, cache, answer = carry
         slot = length[:, None] + step - 1  # of the token generated last
-        context = SlotContext(KeyRange(start, slot + 1), jnp.full_like(slot, TEXT), adapters_on=adapters_on,
-                              write_slot=slot, route_slot=route, vision_slot=prompts.vision_slot[:, :0])
+        modality = jnp.full_like(slot, TEXT)
+        context = SlotContext(KeyRange(start, slot + 1), modality, adapters_on=adapters_on, write_slot=slot,
+                              route_slot=route, vision=vision_slots(prompts.vision_slot[:, :0], modality))
         x = model.apply(variables, token[:, None], method='embed_tokens')
         hidden, cache = model.apply(variables, x, position + step, context, cache, method='decode')
         token = jnp.where(ended, 0, next_token(hidden[:, 0]))

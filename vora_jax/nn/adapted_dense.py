@@ -6,16 +6,17 @@ import jax
 import jax.numpy as jnp
 
 from vora_jax.nn.adapters import Adapter
-from vora_jax.nn.slots import SlotContext, scope_mask, vision_token
+from vora_jax.nn.slots import SlotContext, scope_mask
 from vora_jax.ops.linear import linear
-from vora_jax.ops.take_slots import take_slots
+from vora_jax.ops.take_slots import put_slots, take_slots
 
 
 class AdaptedDense(nn.Module):
     """f[B, T, features]: a base kernel plus a tuple of adapters, each on the slots of its scope.
 
     Where an adapter does not act, the result is the base layer's, bit for bit: it is selected, not multiplied by 0. An
-    adapter of scope `vision` is evaluated on the vision slots alone, gathered to their static budget Q.
+    adapter of scope `vision` is evaluated on the vision slots alone, gathered to their static budget Q; all that it does
+    in other slots is to copy them.
 
     features: output width.
     axes: logical names of the kernel's two dimensions.
@@ -40,14 +41,11 @@ class AdaptedDense(nn.Module):
             y = y + bias.astype(x.dtype)[None, None]
         for index, adapter in enumerate(self.adapters):
             branch = adapter.branch(self.axes, self.deterministic, f'adapter_{index}')
-            mask = scope_mask(context, adapter.scope)
-            if adapter.scope != 'vision':
-                changed = branch(x, y, kernel, bias)
-            else:
-                slot, token = context.vision_slot, vision_token(context.modality)
+            if adapter.scope == 'vision':
+                slot, token, source = context.vision
                 changed = branch(take_slots(x, slot, token), take_slots(y, slot, token), kernel, bias)
-                if not slot.shape[1]:
-                    continue
-                changed = take_slots(changed, token, slot)
-            y = changed if mask is None else jnp.where(mask[..., None], changed, y)
+                y = put_slots(y, changed, slot, token, source)
+            else:
+                changed, mask = branch(x, y, kernel, bias), scope_mask(context, adapter.scope)
+                y = changed if mask is None else jnp.where(mask[..., None], changed, y)
         return y

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from vora_jax.nn.adapted_dense import AdaptedDense
 from vora_jax.nn.adapters import Adapter
 from vora_jax.nn.cache import Cache, write_cache
+from vora_jax.nn.gated_prompts import GatedPrompts, PromptBranch
 from vora_jax.nn.modality_mixture import MixtureBranch, MixtureTable
 from vora_jax.nn.norms import Norm, RMSNorm, norm
 from vora_jax.nn.slots import SlotContext
@@ -54,7 +55,7 @@ class Block(nn.Module):
     """Pre-norm block: norm, attention, norm, MLP, each branch added to its input.
 
     adapters: of its linears.    biases: linears that have one beyond `shape.biases`.
-    mixtures: of its normed states.
+    mixtures: of its normed states.    prompts: of its attention.
     attend: attention function with the signature of `ops.attention.attention`.
     """
 
@@ -62,6 +63,7 @@ class Block(nn.Module):
     adapters: AdapterTable = ()
     biases: tuple[str, ...] = ()
     mixtures: MixtureTable = ()
+    prompts: GatedPrompts | None = None
     attend: Callable = attention
     deterministic: bool = True
 
@@ -75,22 +77,30 @@ class Block(nn.Module):
             dense = AdaptedDense(features, axes, table.get(name, ()), use_bias, self.deterministic, name=name)
             return functools.partial(dense, context=context)
 
+        q_width, kv_width = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+        q_proj = linear('q_proj', q_width, ('embed', 'heads'))
+        k_proj, v_proj = (linear(name, kv_width, ('embed', 'kv')) for name in ('k_proj', 'v_proj'))
+        q_norm, k_norm = (RMSNorm(shape.norm_eps, 'head_dim', name=name) if shape.qk_norm else _same
+                          for name in ('q_norm', 'k_norm'))
+
+        def heads(z):
+            return z.reshape(*z.shape[:2], -1, shape.head_dim)
+
+        def keys_values(y, context):
+            return k_norm(heads(k_proj(y, context=context))), heads(v_proj(y, context=context))
+
         y = norm(shape.norm, shape.norm_eps, 'attention_norm')(x)
         y, cache = self.mixed(y, 'attention', context, cache)
-        q_width, kv_width = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-        q = linear('q_proj', q_width, ('embed', 'heads'))(y)
-        k = linear('k_proj', kv_width, ('embed', 'kv'))(y)
-        v = linear('v_proj', kv_width, ('embed', 'kv'))(y)
-        q = q.reshape(*q.shape[:2], shape.num_heads, shape.head_dim)
-        k, v = (z.reshape(*z.shape[:2], shape.num_kv_heads, shape.head_dim) for z in (k, v))
-        if shape.qk_norm:
-            q, k = (RMSNorm(shape.norm_eps, 'head_dim', name=name)(z) for name, z in (('q_norm', q), ('k_norm', k)))
+        q, (k, v) = q_norm(heads(q_proj(y))), keys_values(y, context)
         if context.angles is not None:
             q, k = apply_rope(q, context.angles), apply_rope(k, context.angles)
         if cache is not None:
             k, v = (write_cache(old, new, context.write_slot) for old, new in zip(cache[:2], (k, v)))
             cache = cache._replace(keys=k, values=v)
         out = self.attend(q, k, v, context.key_range)
+        if self.prompts is not None:
+            branch = PromptBranch(self.prompts, shape.width, self.attend, name='adapter_prompts')
+            out = branch(out, q, keys_values, context)
         out = linear('o_proj', shape.width, ('heads', 'embed'))(out.reshape(*out.shape[:2], q_width))
         x = x + self.scaled(out, 'attention_scale')
 
@@ -128,3 +138,7 @@ def activate(x: jax.Array, activation: Activation) -> jax.Array:
     if activation == 'gelu_quick':
         return x * nn.sigmoid(jnp.asarray(1.702, x.dtype) * x)
     return nn.gelu(x, approximate=activation == 'gelu_tanh')
+
+
+def _same(x: jax.Array) -> jax.Array:
+    return x

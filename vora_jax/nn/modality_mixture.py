@@ -43,6 +43,9 @@ class ModalityMixture:
         if self.rank % self.num_groups or min(self.rank, self.num_groups, self.num_experts) < 1:
             raise UserError(f'ModalityMixture: rank {self.rank} must be a multiple of num_groups {self.num_groups}, and '
                             f'num_experts {self.num_experts} at least 1.')
+        if not (self.temperature > 0 and 0 <= self.dropout < 1):
+            raise UserError(f'ModalityMixture: temperature {self.temperature} must be above 0, and dropout {self.dropout} '
+                            'at least 0 and below 1.')
 
 
 # Which mixtures stand in a block: ((site, mixture), ...).

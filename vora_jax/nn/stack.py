@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from vora_jax.nn.block import AdapterTable, Block, BlockShape
 from vora_jax.nn.cache import Cache
+from vora_jax.nn.gated_prompts import GatedPrompts
 from vora_jax.nn.modality_mixture import MixtureTable
 from vora_jax.nn.slots import SlotContext
 from vora_jax.ops.attention import attention
@@ -19,7 +20,7 @@ Remat = Literal['none', 'full']
 
 @dataclasses.dataclass(frozen=True)
 class LayerGroup:
-    """Consecutive layers that are alike: same adapters, biases and mixtures, and all or none with the side module.
+    """Consecutive layers that are alike: same adapters, biases, mixtures and prompts, all or none with the side module.
 
     Compile time grows with the number of groups, not of layers.
     biases: linears that have one beyond those of the block's shape.
@@ -30,6 +31,7 @@ class LayerGroup:
     side: bool = False
     biases: tuple[str, ...] = ()
     mixtures: MixtureTable = ()
+    prompts: GatedPrompts | None = None
 
 
 def join_groups(groups: Iterable[LayerGroup]) -> tuple[LayerGroup, ...]:
@@ -71,8 +73,8 @@ class Stack(nn.Module):
             scan = nn.scan(body, variable_axes={'params': 0}, split_rngs={'params': True, 'dropout': True},
                            in_axes=(nn.broadcast, 0, 0, nn.broadcast), length=group.num_layers,
                            metadata_params={nn.PARTITION_NAME: 'layers'})
-            module = scan(self.shape, group.adapters, group.biases, group.mixtures, side, self.attend, self.deterministic,
-                          name=f'group_{index}')
+            module = scan(self.shape, group.adapters, group.biases, group.mixtures, group.prompts, side, self.attend,
+                          self.deterministic, name=f'group_{index}')
             part = slice(layer, layer + group.num_layers)
             group_cache = jax.tree.map(lambda c: c[part], cache)
             scanned = None
@@ -96,13 +98,15 @@ class ScannedLayer(nn.Module):
     adapters: AdapterTable
     biases: tuple[str, ...]
     mixtures: MixtureTable
+    prompts: GatedPrompts | None
     side: Callable[[], nn.Module] | None
     attend: Callable
     deterministic: bool
 
     @nn.compact
     def __call__(self, x, context: SlotContext, cache, side_scanned, side_shared):
-        block = Block(self.shape, self.adapters, self.biases, self.mixtures, self.attend, self.deterministic, name='block')
+        block = Block(self.shape, self.adapters, self.biases, self.mixtures, self.prompts, self.attend, self.deterministic,
+                      name='block')
         leaving, cache = block(x, context, cache)
         result = None
         if self.side is not None:

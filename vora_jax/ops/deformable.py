@@ -32,15 +32,17 @@ def deformable_sample(values: jax.Array, start: jax.Array, grid: jax.Array, col:
 def _one_sample(values, start, grid, col, row, weight):
     """f32[B, P, N, H] at one place for each query and head: values f[B, P, N, H]; col, row, weight f32[B, P, N]."""
     rows, cols = grid[..., :1], grid[..., 1:]
-    left, top = jnp.floor(col), jnp.floor(row)
+    left, top = (jax.lax.stop_gradient(jnp.floor(place)) for place in (col, row))
+    across, along = col - left, row - top
     total = jnp.zeros(values.shape, jnp.float32)
     for down in (0, 1):
         for right in (0, 1):
             x, y = left + right, top + down
-            share = (1.0 - jnp.abs(col - x)) * (1.0 - jnp.abs(row - y)) * weight
-            x, y = x.astype(jnp.int32), y.astype(jnp.int32)
-            inside = (x >= 0) & (x < cols) & (y >= 0) & (y < rows)
+            share = (across if right else 1.0 - across) * (along if down else 1.0 - along) * weight
+            # As floats: a place may be too far away for an integer.
+            inside = (x >= 0) & (x < cols.astype(jnp.float32)) & (y >= 0) & (y < rows.astype(jnp.float32))
+            x, y = (jnp.where(inside, place, 0.0).astype(jnp.int32) for place in (x, y))
             index = jnp.where(inside, start[..., None] + y * cols + x, 0)
-            patch = jnp.take_along_axis(values, index[..., None], axis=1).astype(jnp.float32)
+            patch = jnp.take_along_axis(values, index[..., None], axis=1, mode='promise_in_bounds').astype(jnp.float32)
             total = total + jnp.where(inside, share, 0.0)[..., None] * patch
     return total

@@ -23,7 +23,8 @@ class Optimizer:
     decay_steps: optimizer steps from the start to the end of the cosine; needed by 'cosine' only. It is a
         field of its own, so that `Train.steps` may change on resume without bending the schedule.
     end_fraction: what the cosine ends at, as a fraction of the peak.
-    warmup_steps: linear warm-up from 0, optimizer steps.
+    warmup_steps: optimizer steps of linear warm-up; the first has 1 / warmup_steps of the peak.
+    warmup_from_zero: the first has rate 0 instead, step n of them n / warmup_steps (LaVIN's released code, and MAE's).
     b1, b2, eps, weight_decay: AdamW's. Leaves with fewer than two dimensions per layer (norms, biases) never
         decay.
     clip_norm: global gradient norm above which gradients are scaled down; 0 switches it off.
@@ -36,6 +37,7 @@ class Optimizer:
     decay_steps: int = 0
     end_fraction: float = 0.0
     warmup_steps: int = 0
+    warmup_from_zero: bool = False
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
@@ -182,6 +184,9 @@ def validate(config: Train) -> None:
             'than its '
             f'{optimizer.warmup_steps} of warm-up; set it to the length of the run.'
         )
+    if optimizer.warmup_from_zero and not optimizer.warmup_steps:
+        raise UserError('Optimizer.warmup_from_zero is True, but Optimizer.warmup_steps is 0; give it some steps or leave '
+                        'it out.')
     if config.frozen_dtype not in ('float32', 'bfloat16'):
         raise UserError(f"Train.frozen_dtype is {config.frozen_dtype!r}; it is 'float32' or 'bfloat16'.")
     if config.batch_rows % config.accumulation:

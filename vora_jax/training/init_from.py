@@ -100,7 +100,8 @@ def _given(entry: Entry, text: str, shapes: Mapping[str, Any]) -> dict[str, np.n
             f'{_some(flat)}, the model {_some(shapes)}.'
         )
     if entry.target:
-        missing = [path for path in shapes if _inside(path, entry.target) and path not in given]
+        missing = [path for path in shapes if _inside(path, entry.target) and path not in given
+                   and '/adapter_' not in path]  # those begin as nothing, or as copies
         if missing:
             raise UserError(f'Train.init_from: {text} leaves {missing[0]} without a value; it gives '
                             f'{_some(flat)}.')

@@ -5,6 +5,7 @@ A pair of pure functions (`optax.GradientTransformation`) over the trainable par
 import fnmatch
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from vora_jax.params import flatten, unflatten
@@ -13,18 +14,22 @@ from vora_jax.types import Array, Params, UserError
 
 
 def schedule(config: Optimizer) -> optax.Schedule:
-    """The learning rate as a function of the optimizer steps done so far (the first step sees 0)."""
-    peak = config.learning_rate
-    if config.schedule == 'cosine':
-        length = config.decay_steps - config.warmup_steps
-        after = optax.cosine_decay_schedule(peak, length, alpha=config.end_fraction)
-    else:
-        after = optax.constant_schedule(peak)
+    """The learning rate, f32[], as a function of the optimizer steps done so far (the first step sees 0)."""
+    peak, length = config.learning_rate, config.decay_steps - config.warmup_steps
+
+    def cosine(step):
+        # (1 + cos(pi * done)) / 2 = sin(pi / 2 * left)^2, which keeps its digits where little is left.
+        left = jnp.clip((length - step) / length, 0.0, 1.0)
+        return peak * (config.end_fraction + (1.0 - config.end_fraction) * jnp.sin(jnp.pi / 2 * left)**2)
+
+    after = cosine if config.schedule == 'cosine' else optax.constant_schedule(peak)
     if not config.warmup_steps:
         return after
-    # 1 / warmup_steps at the first step: a step with rate 0 would be a step wasted.
-    start = peak / config.warmup_steps
-    warmup = optax.linear_schedule(start, peak, max(config.warmup_steps - 1, 1))
+    if config.warmup_from_zero:
+        warmup = optax.linear_schedule(0.0, peak, config.warmup_steps)
+    else:
+        # 1 / warmup_steps at the first step: a step with rate 0 would be a step wasted.
+        warmup = optax.linear_schedule(peak / config.warmup_steps, peak, max(config.warmup_steps - 1, 1))
     return optax.join_schedules([warmup, after], [config.warmup_steps])
 
 

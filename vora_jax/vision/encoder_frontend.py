@@ -15,6 +15,7 @@ from vora_jax.ops.attention import attention
 from vora_jax.types import UserError
 from vora_jax.vision.cue_enhancer import CueEnhancer, CueEnhancerModule
 from vora_jax.vision.patch_embed import PatchEmbed
+from vora_jax.vision.pooling import window_means
 from vora_jax.vision.vit import VisionTransformer, Vit
 
 
@@ -34,12 +35,14 @@ class Projector:
 
 @dataclasses.dataclass(frozen=True)
 class EncoderFrontend:
-    """A front end with an encoder: features of some of its blocks, fused, then a projector.
+    """A front end with an encoder: features of some of its blocks, fused, perhaps pooled, then a projector.
 
     taps: blocks whose unnormed outputs are taken, counted from 0; negative ones from the end.
     select: whose features go on: those of every patch, or of each image's [cls] slot alone.
     fusion: taps side by side in the channels, or each as a token of its own, or a `CueEnhancer` of them.
     mixtures: of the encoder's blocks.
+    pool: side of the windows of patches whose mean goes on (arXiv 2311.06791); 1 leaves them as they are. A grid that it
+        does not divide has smaller windows at its lower and right edge.
     """
 
     encoder: Vit
@@ -48,6 +51,7 @@ class EncoderFrontend:
     select: Literal['patch', 'cls'] = 'patch'
     fusion: Literal['channels', 'tokens'] | CueEnhancer = 'channels'
     mixtures: MixtureTable = ()
+    pool: int = 1
 
     def __post_init__(self):
         layers = self.encoder.num_layers
@@ -56,6 +60,9 @@ class EncoderFrontend:
         if self.select == 'cls' and not self.patch_embed.cls_token:
             raise UserError("EncoderFrontend.select = 'cls' needs an encoder with a [cls] token; set "
                             'PatchEmbed.cls_token = True or take another encoder.')
+        if self.pool < 1 or (self.pool > 1 and self.select == 'cls'):
+            raise UserError(f'EncoderFrontend.pool = {self.pool} with select = {self.select!r}: it must be 1, or more with '
+                            "select = 'patch'.")
         if isinstance(self.fusion, CueEnhancer):
             if self.select == 'cls' or self.encoder.width % self.fusion.num_heads:
                 raise UserError(f'CueEnhancer: it needs patches (select = {self.select!r}) and num_heads '
@@ -98,9 +105,10 @@ class EncoderFrontendModule(nn.Module):
         if isinstance(config.fusion, CueEnhancer):
             x = CueEnhancerModule(config.fusion, name='enhancer')(levels, patches)
         else:
-            x = jnp.stack(levels, axis=2)
-            rows, outputs = len(x), x.shape[1] * config.tokens_per_place
-            x = x.reshape(rows, outputs, -1)
+            x = jnp.concatenate(levels, axis=-1)
+        if config.pool > 1:
+            x = window_means(x, patches, config.pool)
+        x = x.reshape(len(x), x.shape[1] * config.tokens_per_place, -1)
         for layer in range(projector.num_layers):
             if layer:
                 x = nn.silu(x) if projector.activation == 'silu' else nn.gelu(x, approximate=False)

@@ -1,5 +1,6 @@
 """What of a checkpoint an export holds."""
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -10,8 +11,9 @@ import numpy as np
 from vora_jax.batch import Batch, Patches
 from vora_jax.convert.export.lazy_arrays import Computed, FoldedKernel
 from vora_jax.convert.names.name_map import Shapes, check
-from vora_jax.merge import plan_fold
+from vora_jax.merge import Fold, low_rank, plan_fold
 from vora_jax.model import VisionLanguageModel
+from vora_jax.nn.adapters import Adapter
 from vora_jax.params import flatten
 from vora_jax.types import TEXT, Array, Params, UserError
 from vora_jax.vision.image_encoder import ImageEncoder
@@ -36,7 +38,13 @@ class Exportable(NamedTuple):
     @property
     def has_adapters(self) -> bool:
         return isinstance(self.model, VisionLanguageModel) and any(
-            group.adapters or group.mixtures for group in self.model.groups)
+            group.adapters or group.mixtures or group.prompts for group in self.model.groups)
+
+    @property
+    def is_merged(self) -> bool:
+        """No adapters but kernels of their own, which stay."""
+        return not self.has_adapters or not any(
+            low_rank(group) or group.mixtures or group.prompts for group in self.model.groups)
 
     @property
     def dtype(self) -> str:
@@ -72,21 +80,25 @@ def exportable(params: Params, model: nn.Module, *, keep_distillation: bool = Fa
 def folded(what: Exportable) -> Exportable:
     """The same model with its adapters folded into its kernels (in f32, one layer at a time, when they are read).
 
-    The layer groups stay as they were, so that nothing is copied; distillation must have been left out.
+    What acts on vision slots only becomes a kernel of theirs. The layer groups stay as they were, so that nothing is copied;
+    distillation must have been left out.
 
     Raises:
         UserError: an adapter that no kernel can express.
     """
-    if not what.has_adapters:
+    if any(group.mixtures for group in what.model.groups):
+        raise UserError('merge: a ModalityMixture weighs its paths by the modality of each segment, so no kernel equals it; '
+                        'export the model unmerged (layout `own`).')
+    if any(group.prompts for group in what.model.groups):
+        raise UserError('merge: GatedPrompts are keys and values beside the kernels, so no kernel equals them; export the '
+                        'model unmerged (layout `own`).')
+    if not any(map(low_rank, what.model.groups)):
         return what
     params, groups = dict(what.params), []
-    if any(group.mixtures for group in what.model.groups):
-        raise UserError('merge: a ModalityMixture cannot be folded, its paths are weighed by the modality of each segment; '
-                        'the layout `own` holds it unmerged.')
     for index, group in enumerate(what.model.groups):
         table = []
         for linear, adapters in group.adapters:
-            base, fold = f'decoder/layers/group_{index}/block/{linear}/', plan_fold(adapters)
+            base, fold = f'decoder/layers/group_{index}/block/{linear}/', _plan_fold(adapters)
             branches = [{path[len(prefix):]: params.pop(path) for path in list(params) if path.startswith(prefix)}
                         for prefix in (f'{base}adapter_{number}/' for number in range(len(adapters)))]
 
@@ -105,6 +117,13 @@ def folded(what: Exportable) -> Exportable:
         groups.append(dataclasses.replace(group, adapters=tuple(table)))
     shapes = {path: tuple(leaf.shape) for path, leaf in params.items()}
     return what._replace(model=what.model.clone(groups=tuple(groups)), params=params, shapes=shapes)
+
+
+def _plan_fold(adapters: Sequence[Adapter]) -> Fold:
+    try:
+        return plan_fold(adapters)
+    except UserError as error:
+        raise UserError(f'{str(error).rstrip(".")} (layout `own`).') from error
 
 
 def parameter_shapes(model: Model) -> Shapes:

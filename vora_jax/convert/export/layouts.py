@@ -13,6 +13,7 @@ from vora_jax.types import Params, UserError
 LAYOUTS = {'own': export_own.plan, 'vora': export_vora.plan, 'llava': export_llava.plan, 'llm': export_llm.plan,
            'peft': export_peft.plan, 'encoder': export_encoder.plan}
 MERGED = ('llava', 'llm')  # hold no adapters
+ADAPTERS = 'adapters'  # what a stage trained, in its authors' own files: `export_adapters`, which needs the method
 
 
 def choose_layout(model, layout: str | None) -> str:
@@ -39,11 +40,11 @@ def select(params: Params, model, layout: str, merge: bool) -> tuple[Exportable,
     """
     keep = layout == 'vora' and not merge
     what = exportable(params, model, keep_distillation=keep)
-    if merge and not what.has_adapters:
+    if merge and what.is_merged:
         raise UserError('export: this checkpoint has no adapters to merge; leave out --merge.')
     if merge and layout == 'peft':
         raise UserError('export: the layout `peft` holds adapters as they are; leave out --merge, or take another layout.')
-    if merge or layout in MERGED and what.has_adapters:
+    if merge or layout in MERGED and not what.is_merged:
         return folded(what), True
     return what, False
 

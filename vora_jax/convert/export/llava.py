@@ -37,14 +37,21 @@ def plan(request: Request) -> Plan:
     if not isinstance(model.vision, EncoderFrontend):
         raise UserError('export: the layout `llava` needs a vision encoder and a projector; '
                         f'take {"`vora` or `own`" if model.vision else "`llm`"}.')
-    if request.what.has_adapters:
-        raise UserError('export: the layout `llava` holds no adapters; pass --merge.')
+    if request.what.has_adapters or model.route_token:
+        raise UserError('export: stock LLaVA has no kernels of their own for a picture\'s slots, no mixtures and no ROUTE '
+                        'slot; take the layout `own`.')
     if rule is None or rule.bidirectional:
         raise UserError('export: in this method a picture\'s slots see all of it, in LLaVA they are causal; take the layout '
                         '`own`.')
     vision = model.vision
+    if (vision.select, vision.fusion, vision.mixtures, vision.pool) != ('patch', 'channels', (), 1):
+        raise UserError('export: stock LLaVA reads a picture\'s patches with its taps side by side in the channels; this '
+                        'front end selects, fuses, pools or routes in another way; take the layout `own`.')
     if vision.projector.num_layers != 2:
         raise UserError(f'export: LLaVA\'s projector has 2 layers, this one {vision.projector.num_layers}; take the layout '
+                        '`own`.')
+    if vision.projector.activation != 'gelu' or vision.projector.hidden_width not in (0, model.llm.width):
+        raise UserError('export: LLaVA\'s projector is as wide as the language model, with GELU in between; take the layout '
                         '`own`.')
     tower = vit_to_config(vision.encoder, request.dtype)
     if tower['model_type'] not in ('clip_vision_model', 'siglip_vision_model'):

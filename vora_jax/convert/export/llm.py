@@ -7,6 +7,7 @@ from vora_jax.convert.export.lazy_arrays import zeros
 from vora_jax.convert.export.plan import Part, Plan, Request
 from vora_jax.convert.families.hf_config import llm_to_config
 from vora_jax.convert.names.tables import DECODER
+from vora_jax.nn.adapters import ModalityKernel
 from vora_jax.nn.block import LINEARS
 from vora_jax.types import UserError
 
@@ -23,7 +24,7 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))
 
 
 def plan(request: Request) -> Plan:
-    """Stock Qwen2, Qwen3 or Llama, without adapters.
+    """Stock Qwen2, Qwen3 or Llama, without adapters; what pictures alone pass is left out with them.
 
     Biases that only some layers have (VoRA's) make it a Llama with biases on all linears of attention or MLP, zero where
     a layer has none.
@@ -31,9 +32,11 @@ def plan(request: Request) -> Plan:
     Raises:
         UserError: the model has adapters, or no stock model has its parts.
     """
+    if request.what.model.route_token:
+        raise UserError('export: a stock language model has no ROUTE slot; take the layout `own`.')
     what = text_only(request.what)
     if what.has_adapters:
-        raise UserError('export: the layout `llm` holds no adapters; pass --merge.')
+        raise UserError('export: a stock language model has no kernels of their own for some slots; take the layout `own`.')
     notes: list[str] = []
     # transformers 5 gives every Qwen2 the tokenizer of Qwen, whatever the folder holds.
     foreign = (_is_sentencepiece(request.prompting.tokenizer) and what.model.llm.biases == ATTENTION[:3]
@@ -62,9 +65,16 @@ def generation(request: Request, **more) -> dict:
 
 
 def text_only(what: Exportable) -> Exportable:
-    """Without the front end."""
-    params = {path: leaf for path, leaf in what.params.items() if path.startswith('decoder/')}
-    return what._replace(model=what.model.clone(vision=None), params=params,
+    """Without the front end, and without the kernels that only its slots have."""
+    groups, unused = [], []
+    for index, group in enumerate(what.model.groups):
+        table = [(linear, adapters) for linear, adapters in group.adapters if adapters != (ModalityKernel('vision'),)]
+        unused += [f'decoder/layers/group_{index}/block/{linear}/adapter_' for linear, adapters in group.adapters
+                   if (linear, adapters) not in table]
+        groups.append(dataclasses.replace(group, adapters=tuple(table)))
+    params = {path: leaf for path, leaf in what.params.items()
+              if path.startswith('decoder/') and not path.startswith(tuple(unused))}
+    return what._replace(model=what.model.clone(vision=None, groups=tuple(groups)), params=params,
                          shapes={path: shape for path, shape in what.shapes.items() if path in params})
 
 

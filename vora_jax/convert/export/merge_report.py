@@ -15,10 +15,10 @@ from vora_jax.convert.export.exportable import Exportable, folded
 from vora_jax.convert.export.foreign_stream import Losses, stream
 from vora_jax.convert.export.lazy_arrays import part
 from vora_jax.convert.export.plan import Part
-from vora_jax.convert.families.own_layout import OWN
+from vora_jax.convert.families.own_names import OWN
 from vora_jax.nn.block import Block
 from vora_jax.nn.norms import RMSNorm
-from vora_jax.nn.slots import SlotContext
+from vora_jax.nn.slots import SlotContext, vision_slots
 from vora_jax.nn.stack import LayerGroup
 from vora_jax.ops.rope import rope_angles
 from vora_jax.params import unflatten
@@ -89,7 +89,7 @@ def logit_difference(what: Exportable, dtype: str, probe: Batch) -> tuple[float,
     context = SlotContext(probe.key_range, probe.modality,
                           rope_angles(jnp.asarray(probe.positions), model.llm.head_dim, model.llm.rope_theta,
                                       model.llm.rope_scaling),
-                          route_slot=probe.route_slot, vision_slot=probe.vision_slot)
+                          route_slot=probe.route_slot, vision=vision_slots(probe.vision_slot, probe.modality))
     for index, group in enumerate(model.groups):
         prefix = f'decoder/layers/group_{index}/block/'
         paths = [path for path in what.params if path.startswith(prefix)]
@@ -132,7 +132,7 @@ def _embed(model, params, batch: Batch) -> jax.Array:
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _layer(model, group: LayerGroup, dtype: jnp.dtype, params: dict, states: list, context: SlotContext) -> list:
     """Both states one layer further, each with its own weights."""
-    block = Block(model.llm.block_shape, group.adapters, group.biases, group.mixtures, model.attend)
+    block = Block(model.llm.block_shape, group.adapters, group.biases, group.mixtures, group.prompts, model.attend)
     return [block.apply({'params': unflatten({path: _round(leaf, one) for path, leaf in params.items()})}, x, context)[0]
             for x, one in zip(states, (jnp.dtype('float32'), dtype), strict=True)]
 

@@ -8,6 +8,7 @@ from vora_jax.convert.export.plan import Part, Plan, Request
 from vora_jax.convert.names.layouts import TRANSPOSED
 from vora_jax.convert.names.name_map import Row, Table
 from vora_jax.convert.names.tables.decoder import BLOCK, LAYER, LINEAR_NAMES
+from vora_jax.nn.adapters import LowRank
 from vora_jax.types import UserError
 
 BASE = 'base'
@@ -60,6 +61,9 @@ def plan(request: Request) -> Plan:
 
 def _recipe(what: Exportable):
     """(the adapter, the names of its linears, the layers that have it)."""
+    if any(group.mixtures or group.prompts for group in what.model.groups):
+        raise UserError('export: a PEFT folder holds no mixtures routed by modality and no gated prompts; take the layout '
+                        '`own`.')
     layers = [group.adapters for group in what.model.groups for _ in range(group.num_layers)]
     tables = {table for table in layers if table}
     if not tables:
@@ -69,6 +73,8 @@ def _recipe(what: Exportable):
         raise UserError('export: a PEFT folder holds one adapter, the same on every linear it adapts; take the layout '
                         '`own`.')
     adapter, = adapters
+    if not isinstance(adapter, LowRank):
+        raise UserError(f'export: PEFT has no {type(adapter).__name__}; take the layout `own`.')
     if adapter.scope != 'all':
         raise UserError(f'export: PEFT\'s adapters act on all slots, these on those of scope {adapter.scope!r}; take the '
                         'layout `own`.')

@@ -11,7 +11,7 @@ from typing import Any
 
 from vora_jax.batch import Batch
 from vora_jax.convert.export.foreign_stream import Losses, ahead, stream, tensor_infos
-from vora_jax.convert.export.layouts import LAYOUTS, choose_layout, plan_of, select
+from vora_jax.convert.export.layouts import ADAPTERS, LAYOUTS, choose_layout, plan_of, select
 from vora_jax.convert.export.merge_report import MergeReport, logit_difference, make_report
 from vora_jax.convert.export.model_card import CONFIG_FILE, model_card
 from vora_jax.convert.export.plan import Part, Plan, Provenance, Request
@@ -137,7 +137,7 @@ def read_record(folder: pathlib.Path) -> dict[str, Any]:
         record = json.loads((folder / RECORD).read_text(encoding='utf-8'))
     except (OSError, ValueError) as error:
         raise UserError(f'{folder} is not a folder that `vora export` wrote; export the checkpoint first.') from error
-    if not isinstance(record, dict) or record.get('layout') not in LAYOUTS or RECORDED - set(record):
+    if not isinstance(record, dict) or record.get('layout') not in (*LAYOUTS, ADAPTERS) or RECORDED - set(record):
         raise UserError(f'{folder / RECORD} is not as `vora export` writes it; export the checkpoint again.')
     return record
 

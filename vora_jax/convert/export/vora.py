@@ -13,6 +13,8 @@ from vora_jax.convert.export.plan import Part, Plan, Request
 from vora_jax.convert.families.hf_config import llm_to_config
 from vora_jax.convert.names.tables import VORA
 from vora_jax.convert.names.tables.decoder import LINEAR_NAMES
+from vora_jax.merge import merged_model
+from vora_jax.nn.adapters import LowRank
 from vora_jax.nn.block import LINEARS
 from vora_jax.nn.stack import LayerGroup, join_groups
 from vora_jax.types import UserError
@@ -78,6 +80,9 @@ def _with_lora(what: Exportable) -> tuple[Exportable, dict, list[str]]:
     """(the model with the biases that VoRA's adapted linears have, config.json's `lora`, notes)."""
     model, notes = what.model, []
     layers = [group for group in model.groups for _ in range(group.num_layers)]
+    if any(group.mixtures or group.prompts for group in layers) or model.route_token:
+        raise UserError('export: VoRA\'s code has no mixtures routed by modality and no gated prompts; take the layout '
+                        '`own`.')
     is_special = [bool(group.adapters or group.biases) for group in layers]
     count = sum(is_special)
     if not count:
@@ -96,9 +101,11 @@ def _with_lora(what: Exportable) -> tuple[Exportable, dict, list[str]]:
         return what, recipe, notes
     tables = {adapters for _, adapters in first.adapters}
     adapter = first.adapters[0][1][0]
-    if len(tables) != 1 or len(first.adapters) != len(LINEARS) or len(first.adapters[0][1]) != 1 or adapter.scope != 'all':
-        raise UserError('export: VoRA\'s code has one adapter of scope \'all\' on each of the seven linears; take the '
-                        'layout `own`, or pass --merge.')
+    alike = len(tables) == 1 and len(first.adapters) == len(LINEARS) and len(first.adapters[0][1]) == 1
+    if not alike or not isinstance(adapter, LowRank) or adapter.scope != 'all':
+        or_merged = '' if any(group.adapters for group in merged_model(model).groups) else ', or pass --merge'
+        raise UserError('export: VoRA\'s code has one LowRank adapter of scope \'all\' on each of the seven linears; take '
+                        f'the layout `own`{or_merged}.')
     params = dict(what.params)
     for path, leaf in what.params.items():
         if path.endswith('/adapter_0/b'):

@@ -1,19 +1,17 @@
-"""The folders that export writes: names, config.json."""
+"""config.json of the folders that export writes."""
 import dataclasses
 from typing import Any
 
-from vora_jax import variants
-from vora_jax.convert.names.layouts import BATCHED_TABLE, CONVOLUTION, SAME, TRANSPOSED
-from vora_jax.convert.names.name_map import Row, Table, joined
-from vora_jax.convert.names.tables.decoder import BLOCK, DECODER, LAYER, LINEAR_NAMES
 from vora_jax.llm.decoder import LanguageModel
 from vora_jax.method import VisionTokenRule
 from vora_jax.model import VisionLanguageModel
-from vora_jax.nn.adapters import LowRank
-from vora_jax.nn.block import LINEARS
+from vora_jax.nn.adapters import Adapter, DualLowRank, LowRank, ModalityKernel
+from vora_jax.nn.gated_prompts import GatedPrompts
+from vora_jax.nn.modality_mixture import MixtureTable, ModalityMixture
 from vora_jax.nn.stack import LayerGroup, join_groups
 from vora_jax.ops.rope import RopeScaling
 from vora_jax.types import UserError
+from vora_jax.vision.cue_enhancer import CueEnhancer
 from vora_jax.vision.encoder_frontend import EncoderFrontend, Projector
 from vora_jax.vision.patch_embed import PatchEmbed
 from vora_jax.vision.patch_frontend import PatchFrontend
@@ -21,7 +19,7 @@ from vora_jax.vision.vit import Vit
 
 MODEL_TYPE = 'vora_jax'
 MODEL_CLASS = 'VoraJaxForCausalLM'
-MAX_PROJECTOR_LAYERS = 8
+ADAPTERS = {'low_rank': LowRank, 'dual_low_rank': DualLowRank, 'modality_kernel': ModalityKernel}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,75 +41,23 @@ class Prompting:
     color: tuple[int, int, int] = (0, 0, 0)
 
 
-def _patch_embed_rows(ours: str, theirs: str) -> tuple[Row, ...]:
-    return (
-        Row(f'{ours}kernel', f'{theirs}patchifier.proj.weight', CONVOLUTION),
-        Row(f'{ours}bias', f'{theirs}patchifier.proj.bias', SAME),
-        Row(f'{ours}norm/scale', f'{theirs}patchifier.norm.weight', SAME),
-        Row(f'{ours}positions', f'{theirs}pos_embed', BATCHED_TABLE),
-        Row(f'{ours}cls', f'{theirs}cls_token', SAME),
-        Row(f'{ours}cls_position', f'{theirs}cls_position', SAME),
-        Row(f'{ours}mask_token', f'{theirs}mask_token', SAME),
-    )
-
-
-def _norm_rows(ours: str, theirs: str) -> tuple[Row, ...]:
-    return Row(f'{ours}/scale', f'{theirs}.weight', SAME), Row(f'{ours}/bias', f'{theirs}.bias', SAME)
-
-
-def _linear_rows(ours: str, theirs: str) -> tuple[Row, ...]:
-    return Row(f'{ours}/kernel', f'{theirs}.weight', TRANSPOSED), Row(f'{ours}/bias', f'{theirs}.bias', SAME)
-
-
-def _encoder_rows(ours: str, theirs: str) -> tuple[Row, ...]:
-    """Of a `Vit`; its layers have the names of the decoder's."""
-    block, layer = f'{ours}blocks/*/block/', f'{theirs}layers.{{layer}}.'
-    pool = ('q_proj', 'k_proj', 'v_proj', 'o_proj', 'up_proj', 'down_proj')
-    return (
-        *_patch_embed_rows(f'{ours}patch_embed/', f'{theirs}embeddings.'),
-        *_norm_rows(f'{ours}pre_norm', f'{theirs}pre_norm'),
-        *_norm_rows(f'{block}attention_norm', f'{layer}input_layernorm'),
-        *(row for linear, name in LINEAR_NAMES.items() for row in _linear_rows(block + linear, layer + name)),
-        *_norm_rows(f'{block}mlp_norm', f'{layer}post_attention_layernorm'),
-        *(Row(block + scale, layer + scale, SAME) for scale in ('attention_scale', 'mlp_scale')),
-        *_norm_rows(f'{ours}norm', f'{theirs}norm'),
-        Row(f'{ours}pool/probe', f'{theirs}pool.probe', SAME),
-        *(row for linear in pool for row in _linear_rows(f'{ours}pool/{linear}', f'{theirs}pool.{linear}')),
-        *_norm_rows(f'{ours}pool/mlp_norm', f'{theirs}pool.mlp_norm'),
-    )
-
-
-# Qwen3's names for the decoder, PEFT-like ones for its adapters, VoRA's for the front end without an encoder.
-OWN = joined(DECODER, Table(rows=(
-    *(Row(f'{BLOCK}{linear}/adapter_#/{side}', f'{LAYER}{name}.lora_{side.upper()}.#.weight', TRANSPOSED)
-      for linear, name in LINEAR_NAMES.items() for side in 'ab'),
-    *_patch_embed_rows('frontend/patch_embed/', 'vision_embedding.'),
-    Row('frontend/out_proj', 'vision_embedding.out_proj.weight', TRANSPOSED),
-    *_encoder_rows('frontend/encoder/', 'vision_tower.'),
-    *(row for layer in range(MAX_PROJECTOR_LAYERS)
-      for row in _linear_rows(f'frontend/projector_{layer}', f'projector.{layer}')),
-)))
-
-
 def own_config(model: VisionLanguageModel, rule: VisionTokenRule | None, prompting: Prompting) -> dict[str, Any]:
     """The content of config.json but for token ids and dtype; sizes under Qwen2's names.
 
     Distillation, dtypes of activations and remat are no part of it.
 
     Raises:
-        UserError: the rule gives pictures a [cls] slot that the encoder has no vector for.
+        UserError: the rule does not fit the model.
     """
     llm, vision, groups = model.llm, None, model_groups(model)
     if model.vision is not None:
         vision = {'patch_embed': dataclasses.asdict(model.vision.patch_embed)}
     if isinstance(model.vision, EncoderFrontend):
-        if rule.cls and not model.vision.patch_embed.cls_token:
-            raise UserError('export: the method gives pictures a [cls] slot, but PatchEmbed.cls_token is off; turn it on.')
-        encoder = dataclasses.asdict(model.vision.encoder)
-        del encoder['patch_embed']
-        projector = dataclasses.asdict(model.vision.projector)
-        vision |= {'encoder': encoder, 'taps': model.vision.taps, 'projector': projector}
-    plain = not any(group.adapters or group.biases for group in groups)
+        vision |= _encoder_fields(model.vision, rule)
+    if (rule is not None and rule.route_token) != model.route_token:
+        raise UserError('export: the method\'s rule for ROUTE slots and its model\'s modality embedding do not belong '
+                        'together; give both or none.')
+    plain = not any(group.adapters or group.biases or group.mixtures or group.prompts for group in groups)
     config = {
         'model_type': MODEL_TYPE, 'architectures': [MODEL_CLASS],
         'auto_map': {'AutoConfig': 'configuration_vora_jax.VoraJaxConfig',
@@ -124,13 +70,15 @@ def own_config(model: VisionLanguageModel, rule: VisionTokenRule | None, prompti
         'max_position_embeddings': llm.max_positions,
         'layer_groups': [] if plain else [{
             'num_layers': group.num_layers, 'biases': group.biases,
-            'adapters': {linear: [dataclasses.asdict(adapter) for adapter in table] for linear, table in group.adapters},
+            'adapters': {linear: [_adapter_fields(adapter) for adapter in table] for linear, table in group.adapters},
+            'mixtures': _mixture_fields(group.mixtures), 'num_prompts': group.prompts.num_prompts if group.prompts else 0,
         } for group in groups],
         'vision': vision,
     }
     if vision is not None:
         has_cls = rule.cls and isinstance(model.vision, EncoderFrontend)  # else it serves a teacher only
-        config['vision_tokens'] = {'cls': has_cls, 'bidirectional': rule.bidirectional, 'join_adjacent': rule.join_adjacent}
+        config['vision_tokens'] = dataclasses.asdict(dataclasses.replace(rule, cls=has_cls))
+        del config['vision_tokens']['patch_size']
         config['image_policy'] = {'kind': prompting.image_kind, 'min_patches': prompting.min_patches,
                                   'max_patches': prompting.max_patches, 'side': prompting.side, 'color': prompting.color}
     return config
@@ -152,43 +100,21 @@ def own_model(config: dict[str, Any]) -> tuple[VisionLanguageModel, VisionTokenR
             config['max_position_embeddings'])
         groups = tuple(LayerGroup(
             group['num_layers'], biases=tuple(group['biases']),
-            adapters=tuple((linear, tuple(LowRank(**adapter) for adapter in table))
-                           for linear, table in group['adapters'].items())) for group in config['layer_groups'])
+            adapters=tuple((linear, tuple(map(_adapter, table))) for linear, table in group['adapters'].items()),
+            mixtures=_mixtures(group.get('mixtures', {})),
+            prompts=GatedPrompts(group['num_prompts']) if group.get('num_prompts') else None)
+            for group in config['layer_groups'])
         groups = groups or (LayerGroup(llm.num_layers),)
         if config['vision'] is None:
             return VisionLanguageModel(llm, groups), None
         patch_embed = PatchEmbed(**_tuples(config['vision']['patch_embed']))
-        vision = PatchFrontend(patch_embed)
+        vision, rule = PatchFrontend(patch_embed), VisionTokenRule(patch_embed.patch_size, **config['vision_tokens'])
         if 'encoder' in config['vision']:
-            encoder = Vit(patch_embed, **_tuples(config['vision']['encoder']))
-            vision = EncoderFrontend(encoder, tuple(config['vision']['taps']), Projector(**config['vision']['projector']))
-        return VisionLanguageModel(llm, groups, vision), VisionTokenRule(patch_embed.patch_size, **config['vision_tokens'])
+            vision = _frontend(patch_embed, rule, config['vision'])
+        return VisionLanguageModel(llm, groups, vision, route_token=rule.route_token), rule
     except (KeyError, TypeError) as error:
         raise UserError(f'config.json is not as `vora export` writes it ({type(error).__name__}: {error}); export the '
                         'checkpoint again with this version.') from error
-
-
-def model_arguments(config: dict[str, Any]) -> tuple[str, str, dict[str, Any]]:
-    """(method, stage, arguments) of the function of `variants` that builds the model of this config.json.
-
-    Raises:
-        UserError: no method here builds such a model.
-    """
-    model, rule = own_model(config)
-    if model.vision is None:
-        method, stage, arguments = 'language_model', 'pretrain', {'llm': model.llm}
-    elif isinstance(model.vision, EncoderFrontend):
-        vision = model.vision
-        method, stage, arguments = 'llava', 'finetune', {
-            'llm': model.llm, 'encoder': vision.encoder, 'projector': vision.projector, 'taps': vision.taps}
-    else:
-        method, (stage, arguments) = 'vora', _vora_arguments(model, rule)
-    built = getattr(variants, method)(**arguments)
-    twin = built.stage(stage).model
-    if (twin.llm, twin.vision, _layers(twin), built.vision_tokens) != (model.llm, model.vision, _layers(model), rule):
-        raise UserError(f'config.json describes a model that no method here builds (`{method}` comes nearest); its '
-                        'layer_groups or vision_tokens are of another kind.')
-    return method, stage, arguments
 
 
 def model_groups(model: VisionLanguageModel) -> tuple[LayerGroup, ...]:
@@ -196,24 +122,43 @@ def model_groups(model: VisionLanguageModel) -> tuple[LayerGroup, ...]:
     return join_groups(dataclasses.replace(group, side=False) for group in model.groups)
 
 
-def _vora_arguments(model: VisionLanguageModel, rule: VisionTokenRule) -> tuple[str, dict[str, Any]]:
-    """(stage, arguments); nothing is left to distil, so the teacher is a stand-in that `distill_weight` 0 drops."""
-    first = model.groups[0]
-    embed = model.vision.patch_embed
-    arguments = {'llm': model.llm, 'patch_embed': embed, 'teacher': Vit(embed, num_layers=1, mlp_width=1, num_heads=1),
-                 'distill_weight': 0.0, 'extra_biases': bool(first.biases), 'join_adjacent_images': rule.join_adjacent,
-                 'num_adapted_layers': first.num_layers}
-    if not first.adapters:
-        biased = (*first.biases, *model.llm.biases)
-        targets = tuple(linear for linear in LINEARS if linear in biased) if first.biases else LINEARS
-        return 'finetune', arguments | {'targets': targets}
-    adapter = first.adapters[0][1][0]
-    return 'pretrain', arguments | dataclasses.asdict(adapter) | {'targets': tuple(linear for linear, _ in first.adapters)}
+def _encoder_fields(vision: EncoderFrontend, rule: VisionTokenRule) -> dict[str, Any]:
+    """Of a front end with an encoder, beyond the patch embedding; `select` and `pool` stand in the rule."""
+    if rule.cls and not vision.patch_embed.cls_token:
+        raise UserError('export: the method gives pictures a [cls] slot, but PatchEmbed.cls_token is off; turn it on.')
+    if (rule.select, rule.tokens_per_place, rule.pool) != (vision.select, vision.tokens_per_place, vision.pool):
+        raise UserError(f'export: the front end gives {vision.tokens_per_place} vectors of each {vision.select} (pool '
+                        f'{vision.pool}), and the method\'s rule makes {rule.tokens_per_place} slots of each {rule.select} '
+                        f'(pool {rule.pool}); make them equal.')
+    encoder = dataclasses.asdict(vision.encoder)
+    del encoder['patch_embed']
+    fusion = dataclasses.asdict(vision.fusion) if isinstance(vision.fusion, CueEnhancer) else vision.fusion
+    return {'encoder': encoder, 'taps': vision.taps, 'fusion': fusion, 'projector': dataclasses.asdict(vision.projector),
+            'mixtures': _mixture_fields(vision.mixtures)}
 
 
-def _layers(model: VisionLanguageModel) -> list[tuple]:
-    """For each layer (adapters, biases), in no order of linears."""
-    return [(dict(group.adapters), set(group.biases)) for group in model.groups for _ in range(group.num_layers)]
+def _frontend(patch_embed: PatchEmbed, rule: VisionTokenRule, fields: dict[str, Any]) -> EncoderFrontend:
+    fusion = fields.get('fusion', 'channels')
+    return EncoderFrontend(
+        Vit(patch_embed, **_tuples(fields['encoder'])), tuple(fields['taps']), Projector(**fields['projector']), rule.select,
+        CueEnhancer(**fusion) if isinstance(fusion, dict) else fusion, _mixtures(fields.get('mixtures', {})), rule.pool)
+
+
+def _adapter_fields(adapter: Adapter) -> dict[str, Any]:
+    kind, = (kind for kind, made in ADAPTERS.items() if type(adapter) is made)
+    return {'kind': kind, **dataclasses.asdict(adapter)}
+
+
+def _adapter(fields: dict[str, Any]) -> Adapter:
+    return ADAPTERS[fields.get('kind', 'low_rank')](**{name: value for name, value in fields.items() if name != 'kind'})
+
+
+def _mixture_fields(table: MixtureTable) -> dict[str, Any]:
+    return {site: dataclasses.asdict(mixture) for site, mixture in table}
+
+
+def _mixtures(fields: dict[str, Any]) -> MixtureTable:
+    return tuple((site, ModalityMixture(**mixture)) for site, mixture in fields.items())
 
 
 def _tuples(fields: dict[str, Any]) -> dict[str, Any]:

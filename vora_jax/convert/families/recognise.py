@@ -2,7 +2,7 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from vora_jax.convert.families import own_layout
+from vora_jax.convert.families import own_arguments, own_layout, own_names
 from vora_jax.convert.families.hf_config import LLM_FAMILIES, llm_from_config
 from vora_jax.convert.families.vit_config import vit_family, vit_from_config, vit_table
 from vora_jax.convert.families.vora_config import read_vora
@@ -66,11 +66,11 @@ def _dispatch(config: Config, tensors: Shapes, preprocessor: Config | None, teac
     if kind == 'vora':
         return _vora(config, tensors, preprocessor, teacher_heads, where)
     if kind == own_layout.MODEL_TYPE:
-        method, stage, arguments = own_layout.model_arguments(dict(config))
+        method, stage, arguments = own_arguments.model_arguments(dict(config))
         hints, policy = _hints(config, None), config.get('image_policy')
         if policy:
             hints['image'] = {name: tuple(value) if isinstance(value, list) else value for name, value in policy.items()}
-        return Recognised(kind, method, stage, arguments, own_layout.OWN, hints)
+        return Recognised(kind, method, stage, arguments, own_names.OWN, hints)
     if kind == 'llava':
         return _llava(config, preprocessor, where)
     if kind in LLM_FAMILIES:

@@ -45,3 +45,10 @@ TABLE = Layout(lambda x: x.reshape(-1, x.shape[-1]), lambda x, shape: x.reshape(
 BATCHED_TABLE = Layout(lambda x: x.reshape(1, -1, x.shape[-1]), lambda x, shape: x.reshape(shape),
                        lambda shape: (1, shape[0] * shape[1], shape[2]), axis=1)
 LEADING_1, LEADING_2 = _leading(1), _leading(2)
+# Kernels that others hold as a convolution over slots of width 1: ours [in, out], theirs [out, in, 1].
+POINTWISE = Layout(lambda x: x.T[..., None], lambda x, _: x[..., 0].T, lambda shape: (*shape[::-1], 1))
+# The same in groups, each of which reads its own part of the input: ours [G, in / G, out / G], theirs [out, in / G, 1].
+GROUPED_POINTWISE = Layout(
+    lambda x: x.transpose(0, 2, 1).reshape(-1, x.shape[1], 1),
+    lambda x, shape: x.reshape(shape[0], shape[2], shape[1]).transpose(0, 2, 1),
+    lambda shape: (shape[0] * shape[2], shape[1], 1))

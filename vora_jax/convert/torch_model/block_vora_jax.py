@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .adapters_vora_jax import AdaptedLinear, ModalityMixture
+
 ACTIVATIONS = {
     'gelu': F.gelu,
     'gelu_tanh': functools.partial(F.gelu, approximate='tanh'),
@@ -32,19 +34,6 @@ class BlockShape(NamedTuple):
     layer_scale: bool = False
 
 
-class Slots(NamedTuple):
-    """What every layer knows about its slots.
-
-    visible: bool[B, 1, T, S] the keys each query sees; None: all.
-    angles: (cos, sin), each f32[B, 1, T, head_dim / 2]; None without rotary positions.
-    is_image: bool[B, T, 1] slots that hold a patch; None where no adapter asks.
-    """
-
-    visible: torch.Tensor | None = None
-    angles: tuple | None = None
-    is_image: torch.Tensor | None = None
-
-
 class RMSNorm(nn.Module):
     def __init__(self, width, epsilon):
         super().__init__()
@@ -60,29 +49,13 @@ def make_norm(kind, width, epsilon):
     return RMSNorm(width, epsilon) if kind == 'rms' else nn.LayerNorm(width, epsilon)
 
 
-class AdaptedLinear(nn.Linear):
-    """A linear layer plus `scale * B(A(x))` of each adapter, on the slots of its scope: all, vision or text."""
-
-    def __init__(self, in_features, out_features, bias, adapters=()):
-        super().__init__(in_features, out_features, bias=bias)
-        self.adapters = adapters
-        if adapters:
-            self.lora_A = nn.ModuleList(nn.Linear(in_features, adapter['rank'], bias=False) for adapter in adapters)
-            self.lora_B = nn.ModuleList(nn.Linear(adapter['rank'], out_features, bias=False) for adapter in adapters)
-
-    def forward(self, x, is_image=None):
-        y = super().forward(x)
-        for index, adapter in enumerate(self.adapters):
-            low = self.lora_A[index](F.dropout(x, adapter['dropout'], self.training)) * adapter['scale']
-            adapted = y + self.lora_B[index](low)
-            if adapter['scope'] != 'all':
-                adapted = torch.where(is_image if adapter['scope'] == 'vision' else ~is_image, adapted, y)
-            y = adapted
-        return y
-
-
 class Attention(nn.Module):
-    def __init__(self, shape, layer, biases, adapters):
+    """Attention of queries x: [B, T, width] to the keys that `Slots` and cache give.
+
+    num_prompts: learned inputs of its keys and values, to which each head attends besides, behind a gate of its own.
+    """
+
+    def __init__(self, shape, layer, biases, adapters, num_prompts=0):
         super().__init__()
         self.layer, self.head_dim = layer, shape.head_dim
         self.queries_per_key = shape.num_heads // shape.num_kv_heads
@@ -97,9 +70,13 @@ class Attention(nn.Module):
         self.o_proj = linear('o_proj', width, shape.width)
         self.q_norm, self.k_norm = (RMSNorm(shape.head_dim, shape.norm_eps) if shape.qk_norm else nn.Identity()
                                     for _ in 'qk')
+        self.num_prompts = num_prompts
+        if num_prompts:
+            self.prompts = nn.Parameter(torch.zeros(num_prompts, shape.width))
+            self.prompt_gate = nn.Parameter(torch.zeros(shape.num_heads))
 
     def forward(self, x, slots, cache=None):
-        q, k, v = (linear(x, slots.is_image).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        q, k, v = (linear(x, slots.scopes).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
                    for linear in (self.q_proj, self.k_proj, self.v_proj))
         q, k = self.q_norm(q), self.k_norm(k)
         if slots.angles is not None:
@@ -108,7 +85,18 @@ class Attention(nn.Module):
             k, v = cache.update(k, v, self.layer)
         k, v = (z.repeat_interleave(self.queries_per_key, dim=1) for z in (k, v))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=slots.visible)
-        return self.o_proj(y.transpose(1, 2).flatten(2), slots.is_image)
+        if self.num_prompts:
+            y = y + self.prompt_gate.tanh()[:, None, None] * self.attend_prompts(q)
+        return self.o_proj(y.transpose(1, 2).flatten(2), slots.scopes)
+
+    def attend_prompts(self, q):
+        """[B, heads, T, head_dim]: the prompts are words to adapters, and stand at no position."""
+        every = torch.arange(self.num_prompts, device=q.device)
+        scopes = {'vision': (every[:0], every[:0]), 'text': (every * 0, every)}
+        k, v = (linear(self.prompts[None], scopes).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+                for linear in (self.k_proj, self.v_proj))
+        k, v = (z.repeat_interleave(self.queries_per_key, dim=1).expand(len(q), -1, -1, -1) for z in (self.k_norm(k), v))
+        return F.scaled_dot_product_attention(q, k, v)
 
 
 def rotate(x, cos, sin):
@@ -130,24 +118,35 @@ class MLP(nn.Module):
         self.up_proj = linear('up_proj', shape.width, shape.mlp_width)
         self.down_proj = linear('down_proj', shape.mlp_width, shape.width)
 
-    def forward(self, x, is_image=None):
-        y = self.up_proj(x, is_image)
-        y = F.silu(self.gate_proj(x, is_image)) * y if self.activation is None else self.activation(y)
-        return self.down_proj(y, is_image)
+    def forward(self, x, scopes=None):
+        y = self.up_proj(x, scopes)
+        y = F.silu(self.gate_proj(x, scopes)) * y if self.activation is None else self.activation(y)
+        return self.down_proj(y, scopes)
 
 
 class Block(nn.Module):
-    """Norm, attention, norm, MLP; each branch is added to its input. x: [B, T, width]."""
+    """Norm, attention, norm, MLP; each branch is added to its input. x: [B, T, width].
 
-    def __init__(self, shape, layer, biases=(), adapters=None):
+    mixtures: {'attention' or 'mlp': settings of a `ModalityMixture` of what that branch reads}.
+    """
+
+    def __init__(self, shape, layer, biases=(), adapters=None, mixtures=None, num_prompts=0):
         super().__init__()
         self.input_layernorm = make_norm(shape.norm, shape.width, shape.norm_eps)
-        self.self_attn = Attention(shape, layer, biases, adapters or {})
+        self.self_attn = Attention(shape, layer, biases, adapters or {}, num_prompts)
         self.post_attention_layernorm = make_norm(shape.norm, shape.width, shape.norm_eps)
         self.mlp = MLP(shape, biases, adapters or {})
         self.attention_scale, self.mlp_scale = (
             nn.Parameter(torch.ones(shape.width)) if shape.layer_scale else 1.0 for _ in range(2))
+        self.sites = tuple(mixtures or ())
+        for site in self.sites:
+            self.add_module(f'adapter_{site}', ModalityMixture(shape.width, (layer, site), mixtures[site]))
 
     def forward(self, x, slots, cache=None):
-        x = x + self.self_attn(self.input_layernorm(x), slots, cache) * self.attention_scale
-        return x + self.mlp(self.post_attention_layernorm(x), slots.is_image) * self.mlp_scale
+        y = self.mixed(self.input_layernorm(x), 'attention', slots)
+        x = x + self.self_attn(y, slots, cache) * self.attention_scale
+        y = self.mixed(self.post_attention_layernorm(x), 'mlp', slots)
+        return x + self.mlp(y, slots.scopes) * self.mlp_scale
+
+    def mixed(self, y, site, slots):
+        return getattr(self, f'adapter_{site}')(y, slots) if site in self.sites else y

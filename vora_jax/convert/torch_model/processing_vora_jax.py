@@ -12,6 +12,8 @@ PLACEHOLDER = '<image>'
 def make_inputs(config, tokenizer, questions, images=None):
     """input_ids, attention_mask, pixel_values and image_grid of some questions, padded on the left.
 
+    A row begins with `route_token_id`, where the configuration has one; each vector of a picture is an `image_token_id`.
+
     config: a VoraJaxConfig.    tokenizer: of the same folder.
     questions: texts; `<image>` marks where a picture goes, else each gets a line of its own in front.
     images: for each question a PIL image, a list of them, or None.
@@ -28,9 +30,10 @@ def make_inputs(config, tokenizer, questions, images=None):
         size = config.vision['patch_embed']['patch_size'] if config.vision else 1
         patches = [to_patches(picture, size, config.image_policy) for picture in pictures]
         first, *chunks = (tokenizer(chunk, add_special_tokens=False)['input_ids'] for chunk in text.split(PLACEHOLDER))
-        for (picture, _), chunk in zip(patches, chunks):
-            first += [config.image_token_id] * len(picture) + chunk
-        ids.append(torch.tensor(first, dtype=torch.long))
+        for (_, grid), chunk in zip(patches, chunks):
+            first += [config.image_token_id] * int(tokens_per_picture(config, torch.tensor(grid))) + chunk
+        route = [] if config.route_token_id is None else [config.route_token_id]
+        ids.append(torch.tensor(route + first, dtype=torch.long))
         pixels.append(torch.cat([torch.zeros(0, 3 * size**2, dtype=torch.uint8), *(picture for picture, _ in patches)]))
         grids.append(torch.tensor([grid for _, grid in patches], dtype=torch.long).view(-1, 2))
     inputs = {'input_ids': pad_sequence(ids, True, tokenizer.pad_token_id, 'left'),
@@ -38,6 +41,13 @@ def make_inputs(config, tokenizer, questions, images=None):
     if any(map(len, grids)):
         inputs |= {'pixel_values': pad_sequence(pixels, True), 'image_grid': pad_sequence(grids, True)}
     return inputs
+
+
+def tokens_per_picture(config, grid):
+    """i64[...]: slots that a picture takes, of its rows and columns grid [..., 2]; 0 where there is none."""
+    rule = config.vision_tokens
+    windows = (-(-grid // rule['pool'])).prod(-1)
+    return rule['tokens_per_place'] * (windows if rule['select'] == 'patch' else windows.clamp(max=1))
 
 
 def to_patches(image, size, policy):

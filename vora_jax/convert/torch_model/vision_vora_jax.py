@@ -2,13 +2,15 @@
 
 Pictures of one size run together, so there is no padding and no mask here.
 """
+import math
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .block_vora_jax import ACTIVATIONS, Block, BlockShape, RMSNorm, Slots, make_norm
+from .adapters_vora_jax import Slots
+from .block_vora_jax import ACTIVATIONS, Block, BlockShape, RMSNorm, make_norm
 
 
 class PatchEmbedding(nn.Module):
@@ -92,7 +94,8 @@ class VisionTransformer(nn.Module):
                            layer_scale=encoder['layer_scale'])
         self.embeddings = PatchEmbedding(vision['patch_embed'])
         self.pre_norm = make_norm(shape.norm, width, shape.norm_eps) if encoder['pre_norm'] else nn.Identity()
-        self.layers = nn.ModuleList(Block(shape, layer, encoder['biases']) for layer in range(encoder['num_layers']))
+        self.layers = nn.ModuleList(Block(shape, layer, encoder['biases'], mixtures=vision['mixtures'])
+                                    for layer in range(encoder['num_layers']))
         self.norm = make_norm(shape.norm, width, shape.norm_eps)
         self.pool = None if encoder['pool'] == 'none' else AttentionPool(encoder['pool'], shape)
 
@@ -103,8 +106,9 @@ class VisionTransformer(nn.Module):
             cls = self.embeddings.cls_token + self.embeddings.cls_position
             x = torch.cat([cls.expand(len(x), 1, -1), x], dim=1)
         x, blocks = self.pre_norm(x), []
+        slots = Slots(route_slot=torch.zeros(len(x), dtype=torch.long, device=x.device))  # [cls], where there is one
         for block in self.layers:
-            x = block(x, Slots())
+            x = block(x, slots)
             blocks.append(x)
         output = self.norm(x)
         return Features(output, blocks, self.pool(output) if self.pool is not None else None)
@@ -134,14 +138,56 @@ class AttentionPool(nn.Module):
         return out[:, 0]
 
 
-class Projector(nn.ModuleList):
-    """Linears with GELU in between, to the language model's width."""
+class CueEnhancer(nn.Module):
+    """`norm(f + deformable_attention(norm(f), levels))`: each patch of level f looks at learned places of all levels."""
 
-    def __init__(self, config, in_width, out_width):
-        super().__init__(nn.Linear(out_width if layer else in_width, out_width, bias=config['bias'])
-                         for layer in range(config['num_layers']))
+    def __init__(self, settings, num_levels, width):
+        super().__init__()
+        self.settings = settings
+        self.shape = settings['num_heads'], num_levels, settings['num_points']  # of each patch's places
+        self.norm_query, self.norm_levels = (nn.LayerNorm(width, settings['norm_eps']) for _ in range(2))
+        if settings['final_norm']:
+            self.norm_out = nn.LayerNorm(width, settings['norm_eps'])
+        self.value_proj, self.out_proj = nn.Linear(width, width), nn.Linear(width, width)
+        self.offset_proj = nn.Linear(width, 2 * math.prod(self.shape))
+        self.weight_proj = nn.Linear(width, math.prod(self.shape))
+
+    def forward(self, levels, rows, cols):
+        """[n, rows * cols, width] of n pictures' levels, each [n, rows * cols, width]."""
+        anchor, heads = levels[self.settings['anchor']], self.shape[0]
+        query = self.norm_query(anchor)
+        weights = self.weight_proj(query).unflatten(-1, (heads, -1)).float().softmax(-1).unflatten(-1, self.shape[1:])
+        offsets = self.offset_proj(query).unflatten(-1, (*self.shape, 2)).float()
+        row, col = torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing='ij')
+        centre = torch.stack([col, row], dim=-1).flatten(0, 1).to(offsets) + 0.5
+        places = (centre[:, None, None, None] + offsets) / centre.new_tensor([cols, rows]) * 2 - 1  # from -1 to 1
+        total = 0
+        for index, level in enumerate(levels):
+            values = self.value_proj(self.norm_levels(level)).float().transpose(1, 2)
+            values = values.unflatten(1, (heads, -1)).flatten(0, 1).unflatten(-1, (rows, cols))  # [n * heads, H, rows, cols]
+            at, weight = (x[:, :, :, index].transpose(1, 2).flatten(0, 1) for x in (places, weights))
+            found = F.grid_sample(values, at, align_corners=False)  # [n * heads, H, rows * cols, points]
+            total = total + (found * weight[:, None]).sum(-1)
+        x = anchor + self.out_proj(total.unflatten(0, (-1, heads)).flatten(1, 2).transpose(1, 2).to(anchor.dtype))
+        return self.norm_out(x) if self.settings['final_norm'] else x
+
+
+def window_means(x, rows, cols, side):
+    """[n, Q, C]: means of x [n, rows * cols, C] over windows of `side x side` patches; at the edge over what is there."""
+    grid = x.transpose(1, 2).unflatten(2, (rows, cols))
+    return F.avg_pool2d(grid, side, ceil_mode=True).flatten(2).transpose(1, 2)
+
+
+class Projector(nn.ModuleList):
+    """Linears with an activation in between, to the language model's width."""
+
+    def __init__(self, settings, in_width, out_width):
+        count, inner = settings['num_layers'], settings['hidden_width'] or out_width
+        widths = [in_width, *[inner] * (count - 1), out_width]
+        super().__init__(nn.Linear(*widths[layer:layer + 2], bias=settings['bias']) for layer in range(count))
+        self.activation = F.silu if settings['activation'] == 'silu' else F.gelu
 
     def forward(self, x):
         for layer, linear in enumerate(self):
-            x = linear(F.gelu(x) if layer else x)
+            x = linear(self.activation(x) if layer else x)
         return x

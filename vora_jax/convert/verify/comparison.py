@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from vora_jax.batch import Batch
+from vora_jax.convert.adapters.compare import compare_adapters
 from vora_jax.convert.export.exportable import cast
-from vora_jax.convert.export.layouts import MERGED, plan_of, select
+from vora_jax.convert.export.layouts import ADAPTERS, MERGED, plan_of, select
 from vora_jax.convert.export.plan import Plan, Request
 from vora_jax.convert.export.to_hf import is_export, read_record
 from vora_jax.convert.families.own_layout import Prompting
@@ -24,6 +25,7 @@ from vora_jax.convert.verify.torch_side import (
     open_tokenizer,
     open_torch,
 )
+from vora_jax.merge import low_rank
 from vora_jax.method import VisionTokenRule
 from vora_jax.params import unflatten
 from vora_jax.types import Params, UserError
@@ -54,6 +56,8 @@ def verify(params: Params, model: Any, folder: str, questions: Sequence[Question
         UserError: the folder is not an export, or torch cannot load it, or the checkpoint has no such layout.
     """
     path, record = pathlib.Path(folder), read_record(pathlib.Path(folder))
+    if record['layout'] == ADAPTERS:
+        return compare_adapters(params, model, path, record)
     layout, found = record['layout'], Comparison(record['layout'], record['dtype'])
     merge = record['merged'] and layout not in MERGED and _has_adapters(model)
     what, _ = select(params, model, layout, merge)
@@ -78,6 +82,10 @@ def verify(params: Params, model: Any, folder: str, questions: Sequence[Question
         side = open_torch(path, layout, plan.model.vision is not None)
         batches = list(batches)
         asked, rows = _askable(plan, layout, list(questions), batches, found)
+        if _reads_other_rows(plan.model):
+            found.left_out.append("batches of several prompts: with ModalityMixture.route_by = 'first_row' an answer "
+                                  'depends on the first prompt of its batch; here each prompt is a batch of its own')
+            asked, rows = _some(asked, rows, range(len(asked)))
         compare_prompts(reference, exported, rows, side, asked, eos_id=eos_id, max_new_tokens=max_new_tokens,
                         tolerance=tolerance, stock_pixels=layout == 'llava',
                         same_pictures=prompting.image_kind != 'native', found=found)
@@ -103,7 +111,12 @@ def load_folder(folder: str) -> tuple[Any, Any]:
 
 
 def _has_adapters(model: Any) -> bool:
-    return any(group.adapters for group in getattr(model, 'groups', ()))
+    return any(map(low_rank, getattr(model, 'groups', ())))
+
+
+def _reads_other_rows(model: Any) -> bool:
+    tables = [group.mixtures for group in model.groups] + [getattr(model.vision, 'mixtures', ())]
+    return any(mixture.route_by == 'first_row' for table in tables for _, mixture in table)
 
 
 def _torch_is_there(found: Comparison) -> bool:

@@ -1,0 +1,1 @@
+"""The papers' own adapter files, read."""
