@@ -62,7 +62,10 @@ def llava(llm: LanguageModel, encoder: Vit, projector: Projector, taps: tuple[in
               'finetune': Stage(model, ('frontend/projector_*', 'decoder/*'))}
     if adapter is not None:
         adapted = model.clone(groups=(LayerGroup(llm.num_layers, _adapter_table(targets, adapter)),))
-        merges_into = 'finetune' if merged_model(adapted) == model else None
+        merged = merged_model(adapted)
+        if merged not in (model, adapted):  # adapters of vision slots leave kernels of vision slots
+            stages['merged'] = Stage(merged, ('frontend/projector_*', 'decoder/*'))
+        merges_into = {model: 'finetune', adapted: None}.get(merged, 'merged')
         stages['adapt'] = Stage(adapted, ('frontend/projector_*', '*/adapter_*'), merges_into=merges_into)
     return Method('llava', stages, _encoder_tokens(frontend, bidirectional=False))
 
