@@ -10,7 +10,7 @@ import pytest
 from tiny_model import quick_jit
 
 from vora_jax.cli import gin_config
-from vora_jax.data.fake import fake_batch
+from vora_jax.data.packing import Budgets, Picture, Text, layout, stack
 from vora_jax.training import sharding
 from vora_jax.training import state as state_lib
 from vora_jax.training.config import Mesh, validate
@@ -135,9 +135,7 @@ def test_recipe(name):
 def test_stage_takes_a_step_at_debug_size(name):
     config, _ = load(name, *small(name))
     rule = config.method.vision_tokens
-    # Seed 2: answers stand behind pictures, so that what only pictures train has a gradient.
-    batch = fake_batch(rows=2 * config.accumulation, slots=24, patches=12, patch_size=rule.patch_size if rule else 2,
-                       vocab_size=61, max_images=2, seed=2, text_only=rule is None, rule=rule)
+    batch = seen_and_answered(rule, 2 * config.accumulation)
     step, plan = make(config, batch)
     nothing = jax.tree.map(lambda s: jax.numpy.zeros(s.shape, s.dtype), plan.state)
     state, frozen = nothing._replace(trainable=fill(plan.state.trainable)), fill(plan.frozen)
@@ -147,6 +145,17 @@ def test_stage_takes_a_step_at_debug_size(name):
         assert np.isfinite(metrics['loss']) and metrics['loss'] > 0
     assert any((np.asarray(new) != old).any() for new, old in
                zip(jax.tree.leaves(after.trainable), jax.tree.leaves(state.trainable), strict=True))
+
+
+def seen_and_answered(rule, rows):
+    """A batch with an answer behind a picture in every row, so that what only pictures train has a gradient."""
+    words, answer = Text([1, 2, 3]), Text([4, 5, 6], supervised=True)
+    if rule is None:
+        return stack([layout([[words, answer]], Budgets(24))] * rows)
+    budgets = Budgets(24, 12, 2, 3 * rule.patch_size**2)
+    rng = np.random.default_rng(0)
+    picture = Picture(rng.integers(0, 256, (6, budgets.patch_dim)).astype(np.uint8), 2, 3)
+    return stack([layout([[words, picture, answer], [words, answer]], budgets, rule=rule)] * rows)
 
 
 def make(config, batch):

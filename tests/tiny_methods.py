@@ -24,10 +24,11 @@ METHODS = {
     'llavit': (variants.llavit(LLM, ENCODER, PROJECTOR, taps=(0, 1)), 'pretrain'),
     'vce_dual_lora': (variants.vce_dual_lora(LLM, ENCODER, PROJECTOR, CueEnhancer(num_heads=3, num_points=2),
                                              DualLowRank(4), taps=(-1, -2)), 'finetune'),
-    'lavin': (variants.lavin(LLM, ENCODER, Projector(activation='silu', hidden_width=6), ModalityMixture(rank=4, dropout=0.0),
-                             taps=(0, 1)), 'finetune'),
+    'lavin': (variants.lavin(LLM, ENCODER, Projector(activation='silu', hidden_width=6),
+                             ModalityMixture(rank=4, dropout=0.0), taps=(0, 1)), 'finetune'),
     'kernels_on_patches': (vora(adapter=ModalityKernel(), targets=QKV), 'pretrain'),
-    'dual_on_llava': (variants.llava(LLM, ENCODER, PROJECTOR, adapter=DualLowRank(4), targets=('q_proj', 'v_proj')), 'adapt'),
+    'dual_on_llava': (variants.llava(LLM, ENCODER, PROJECTOR, adapter=DualLowRank(4),
+                                     targets=('q_proj', 'v_proj')), 'adapt'),
 }
 
 

@@ -1,6 +1,5 @@
 """What of a checkpoint an export holds."""
 import dataclasses
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -11,9 +10,8 @@ import numpy as np
 from vora_jax.batch import Batch, Patches
 from vora_jax.convert.export.lazy_arrays import Computed, FoldedKernel
 from vora_jax.convert.names.name_map import Shapes, check
-from vora_jax.merge import Fold, low_rank, plan_fold
+from vora_jax.merge import fold_adapters, low_rank, raise_if_unfoldable
 from vora_jax.model import VisionLanguageModel
-from vora_jax.nn.adapters import Adapter
 from vora_jax.params import flatten
 from vora_jax.types import TEXT, Array, Params, UserError
 from vora_jax.vision.image_encoder import ImageEncoder
@@ -86,44 +84,13 @@ def folded(what: Exportable) -> Exportable:
     Raises:
         UserError: an adapter that no kernel can express.
     """
-    if any(group.mixtures for group in what.model.groups):
-        raise UserError('merge: a ModalityMixture weighs its paths by the modality of each segment, so no kernel equals it; '
-                        'export the model unmerged (layout `own`).')
-    if any(group.prompts for group in what.model.groups):
-        raise UserError('merge: GatedPrompts are keys and values beside the kernels, so no kernel equals them; export the '
-                        'model unmerged (layout `own`).')
+    for group in what.model.groups:
+        raise_if_unfoldable(group)
     if not any(map(low_rank, what.model.groups)):
         return what
-    params, groups = dict(what.params), []
-    for index, group in enumerate(what.model.groups):
-        table = []
-        for linear, adapters in group.adapters:
-            base, fold = f'decoder/layers/group_{index}/block/{linear}/', _plan_fold(adapters)
-            branches = [{path[len(prefix):]: params.pop(path) for path in list(params) if path.startswith(prefix)}
-                        for prefix in (f'{base}adapter_{number}/' for number in range(len(adapters)))]
-
-            def summed(kernel, numbers, adapters=adapters, branches=branches):
-                added = tuple((adapters[number], branches[number]) for number in numbers)
-                return FoldedKernel(kernel, added) if added else kernel
-
-            if fold.vision is not None:
-                start, added = fold.vision
-                own = {name: params[base + name] for name in ('kernel', 'bias') if base + name in params}
-                own = own if start is None else branches[start]
-                params |= {f'{base}adapter_0/{name}': leaf for name, leaf in own.items()}
-                params[f'{base}adapter_0/kernel'] = summed(own['kernel'], added)
-                table.append((linear, fold.adapters))
-            params[f'{base}kernel'] = summed(params[f'{base}kernel'], fold.base)
-        groups.append(dataclasses.replace(group, adapters=tuple(table)))
+    params, groups = fold_adapters(what.params, what.model.groups, FoldedKernel)
     shapes = {path: tuple(leaf.shape) for path, leaf in params.items()}
-    return what._replace(model=what.model.clone(groups=tuple(groups)), params=params, shapes=shapes)
-
-
-def _plan_fold(adapters: Sequence[Adapter]) -> Fold:
-    try:
-        return plan_fold(adapters)
-    except UserError as error:
-        raise UserError(f'{str(error).rstrip(".")} (layout `own`).') from error
+    return what._replace(model=what.model.clone(groups=groups), params=params, shapes=shapes)
 
 
 def parameter_shapes(model: Model) -> Shapes:

@@ -29,11 +29,12 @@ def make_inputs(config, tokenizer, questions, images=None):
                                              add_generation_prompt=True)
         size = config.vision['patch_embed']['patch_size'] if config.vision else 1
         patches = [to_patches(picture, size, config.image_policy) for picture in pictures]
-        first, *chunks = (tokenizer(chunk, add_special_tokens=False)['input_ids'] for chunk in text.split(PLACEHOLDER))
-        for (_, grid), chunk in zip(patches, chunks):
-            first += [config.image_token_id] * int(tokens_per_picture(config, torch.tensor(grid))) + chunk
+        slots = iter([int(tokens_per_picture(config, torch.tensor(grid))) for _, grid in patches])
+        row = []  # `<image>` is one special token of the text, which tokenised in parts would have other ids
+        for token in tokenizer(text, add_special_tokens=False)['input_ids']:
+            row += [token] * next(slots) if patches and token == config.image_token_id else [token]
         route = [] if config.route_token_id is None else [config.route_token_id]
-        ids.append(torch.tensor(route + first, dtype=torch.long))
+        ids.append(torch.tensor(route + row, dtype=torch.long))
         pixels.append(torch.cat([torch.zeros(0, 3 * size**2, dtype=torch.uint8), *(picture for picture, _ in patches)]))
         grids.append(torch.tensor([grid for _, grid in patches], dtype=torch.long).view(-1, 2))
     inputs = {'input_ids': pad_sequence(ids, True, tokenizer.pad_token_id, 'left'),
