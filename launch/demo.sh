@@ -34,17 +34,19 @@ base() {
 }
 
 demo() {
-    local stage stages started=$SECONDS
+    local stage stages started=$SECONDS fresh=1
     stages=$(stages_of "$1")
+    for stage in $stages; do [[ ! -e $run/$stage ]] || fresh=0; done
     for stage in $stages; do
         step "$1: train $stage"
         "$vora" train "$configs/$stage.gin" --workdir "$run/$stage"
     done
     step "$1: evaluate, export, verify"
     "$vora" eval "$run/$stage" $configs/eval.gin --json "$run/$stage/eval.json"
-    [[ -e $run/$1-hf/config.json ]] || "$vora" export "$run/$stage" --to "$run/$1-hf"
+    "$vora" export "$run/$stage" --to "$run/$1-hf" --overwrite
     "$vora" verify "$run/$stage" "$run/$1-hf" --data "$run/data/test.jsonl" --json "$run/$stage/verify.json"
-    echo "$((SECONDS - started))" >"$run/$stage/seconds"
+    # A run that was continued does not tell how long the whole takes.
+    [[ $fresh == 0 ]] || echo "$((SECONDS - started))" >"$run/$stage/seconds"
 }
 
 case ${1:-} in

@@ -14,33 +14,36 @@ KINDS = ('colour', 'shape', 'yes_no')
 def result(run: pathlib.Path, method: str) -> dict | None:
     """The figures of a method's last stage; None where it has not been run to its end."""
     for folder in (run / f'{method}_finetune', run / method):
-        if (folder / 'seconds').is_file():
+        if (folder / 'verify.json').is_file():
+            seconds = folder / 'seconds'
             evaluation, training, verification = (json.loads((folder / f'{name}.json').read_text())
                                                   for name in ('eval', 'summary', 'verify'))
             return {'accuracy': evaluation['by_kind'], 'blind': evaluation['blind_by_kind'],
-                    'both': seen(evaluation['by_kind']), 'both_blind': seen(evaluation['blind_by_kind']),
+                    'both': seen(evaluation, ''), 'both_blind': seen(evaluation, 'blind_'),
                     'trainable_params': training['trainable_params'], 'tokens_per_second': training['tokens_per_second'],
                     'max_abs_logit_diff': verification['max_abs_logit_diff'],
-                    'seconds': int((folder / 'seconds').read_text())}
+                    'seconds': int(seconds.read_text()) if seconds.is_file() else None}
     return None
 
 
-def seen(by_kind: dict[str, float]) -> float:
-    """Accuracy on the questions that need the picture."""
-    return (by_kind['colour'] + by_kind['shape']) / 2
+def seen(evaluation: dict, prefix: str) -> float:
+    """Accuracy on the questions that need the picture, those about colour and shape."""
+    numbers = {kind: evaluation['num_by_kind'][kind] for kind in ('colour', 'shape')}
+    right = sum(evaluation[f'{prefix}by_kind'][kind] * number for kind, number in numbers.items())
+    return right / sum(numbers.values())
 
 
 def main(folder: str) -> None:
     run = pathlib.Path(folder)
     results = {method: figures for method in METHODS if (figures := result(run, method))}
     (run / 'results.json').write_text(json.dumps(results, indent=1) + '\n')
-    print('| method | ' + ' | '.join(KINDS) + ' | colour + shape | blind | trainable | tokens/s | torch diff | minutes |')
+    print('| method | ' + ' | '.join(KINDS) + ' | colour + shape | blind | trained, last stage | tokens/s | torch diff | minutes |')
     print('|---' * 10 + '|')
     for method, figures in results.items():
         cells = [METHODS[method], *(f'{100 * figures["accuracy"][kind]:.1f}' for kind in KINDS),
                  f'**{100 * figures["both"]:.1f}**', f'{100 * figures["both_blind"]:.1f}',
                  f'{figures["trainable_params"]:,}', f'{figures["tokens_per_second"]:,.0f}',
-                 f'{figures["max_abs_logit_diff"]:.0e}', f'{figures["seconds"] / 60:.1f}']
+                 f'{figures["max_abs_logit_diff"]:.0e}', f'{figures["seconds"] / 60:.1f}' if figures['seconds'] else '']
         print('| ' + ' | '.join(cells) + ' |')
 
 

@@ -40,7 +40,7 @@ EDGE_MODULES = ('argparse', 'click')
 MAX_LINES, MAX_KERNEL_LINES = 250, 450
 FORBIDDEN_FILES = ('util', 'utils', 'helper', 'helpers', 'common', 'misc', 'base')
 FORBIDDEN_SUFFIXES = ('Manager', 'Handler', 'Factory', 'Registry')
-PAPER_NAMES = ('lavin', 'llavit', 'llava', 'dual_lora', 'vora')
+PAPER_NAMES = ('lavin', 'llavit', 'llava', 'dual_lora', 'vora', 'vce', 'mma', 'infmllm', 'llama_adapter')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,7 @@ from tiny_model import LLM, PATCH, TEACHER, VOCAB, vora
 from vora_jax import variants
 from vora_jax.data.fake import fake_batch
 from vora_jax.llm.decoder import LanguageModel
+from vora_jax.merge import merged_model
 from vora_jax.method import VisionTokenRule
 from vora_jax.nn.adapters import DualLowRank, LowRank, ModalityKernel
 from vora_jax.params import count, flatten, partition
@@ -124,7 +125,8 @@ def test_an_adapter_stage_merges_where_the_plain_model_is_what_comes_out():
     assert lora.stage('adapt').merges_into == 'finetune'
     eyes = variants.llava(LLM, TEACHER, METHODS['llava'][0].stage('finetune').model.vision.projector,
                           adapter=LowRank(2, scope='vision'))
-    assert eyes.stage('adapt').merges_into is None
+    assert eyes.stage('adapt').merges_into == 'merged'
+    assert eyes.stage('merged').model == merged_model(eyes.stage('adapt').model)
     with pytest.raises(UserError, match="targets: a block has no linear 'query'"):
         variants.llavit(LLM, TEACHER, eyes.stage('adapt').model.vision.projector, taps=(0,), targets=('query',))
 

@@ -68,11 +68,11 @@ class VisionLanguageModel(nn.Module):
         features = None
         if self.distillation is not None:
             features = self._teacher_features(batch)
-        hidden, _, side = self.decoder(self.embed(batch), batch.positions, context, None, features, vision_slot)
+        hidden, _, side = self.decoder(self.embed(batch, adapters_on), batch.positions, context, None, features, vision_slot)
         distill_sum = jnp.zeros((0,), jnp.float32) if side is None else side
         return Output(hidden, distill_sum, jnp.sum(vision_slot >= 0).astype(jnp.float32))
 
-    def embed(self, batch: Batch) -> jax.Array:
+    def embed(self, batch: Batch, adapters_on: Array | None = None) -> jax.Array:
         """f[B, S, D]: token embeddings, with front-end outputs in the vision slots and modality vectors in ROUTE slots."""
         x = self.decoder.embed(batch.tokens)
         if self.route_token:
@@ -80,7 +80,7 @@ class VisionLanguageModel(nn.Module):
             x = jnp.where((batch.modality == ROUTE)[..., None], vectors, x)
         if self.vision is None:
             return x
-        outputs = self.frontend(batch.patches)
+        outputs = self.frontend(batch.patches, adapters_on)
         token = vision_token(batch.modality)
         source = jnp.take_along_axis(batch.vision_source, jnp.maximum(token, 0), axis=1)
         return jnp.where((token >= 0)[..., None], jnp.take_along_axis(outputs, source[..., None], axis=1), x)

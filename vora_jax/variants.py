@@ -112,6 +112,8 @@ def lavin(llm: LanguageModel, encoder: Vit, projector: Projector = Projector(act
     """LaVIN, mixture-of-modality adaptation (arXiv 2305.15023): routed adapters in a frozen ViT and a frozen LLM.
 
     An image is one token for each tap, its [cls] after that block; a ROUTE slot tells the router whether it is there.
+    projector: whoever binds another one states all its numbers: a plain `Projector()` is LLaVA's.
+    Not here: the released evaluation's sampling, and its rotary positions that lag by one behind training's while decoding.
     route_images_by: see `ModalityMixture.route_by`, for the ViT; released weights were trained with 'first_row', which
     for single examples is 'own'. finetune: trains mixtures, projector (the "visual neck") and modality embedding.
     """

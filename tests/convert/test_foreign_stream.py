@@ -7,17 +7,22 @@ import ml_dtypes
 import numpy as np
 import pytest
 from tiny_layouts import make
-from tiny_models import make_questions, make_tokenizer, rows
+from tiny_models import LLM, PATCH, make_questions, make_tokenizer, random_params, rows
 
 from vora_jax.convert.export.exportable import exportable, folded
-from vora_jax.convert.export.foreign_stream import stream, tensor_infos
+from vora_jax.convert.export.foreign_stream import Losses, stream, tensor_infos
 from vora_jax.convert.export.host_arrays import Scratch, is_finite, transposed
 from vora_jax.convert.export.merge_report import merge_report
 from vora_jax.convert.export.plan import Part
 from vora_jax.convert.families.own_names import OWN
 from vora_jax.convert.names.name_map import to_foreign
 from vora_jax.merge import merge
+from vora_jax.model import VisionLanguageModel
+from vora_jax.nn.adapters import LowRank
+from vora_jax.nn.stack import LayerGroup
 from vora_jax.params import flatten, unflatten
+from vora_jax.vision.patch_embed import PatchEmbed
+from vora_jax.vision.patch_frontend import PatchFrontend
 
 DTYPES = (np.float32, ml_dtypes.bfloat16, np.float16)
 
@@ -95,3 +100,11 @@ def test_a_merge_report(tmp_path):
     np.testing.assert_allclose(report.logits, difference.max(), rtol=0.02)
     np.testing.assert_allclose(report.logits_mean, difference.mean(), rtol=0.02)
     assert merge_report(what, 'float16').lost < report.lost and dataclasses.asdict(report)['dtype'] == 'bfloat16'
+
+
+def test_an_adapter_in_two_kernels_counts_once():
+    many = LowRank(2), LowRank(2, scope='vision')
+    model = VisionLanguageModel(LLM, (LayerGroup(3, (('q_proj', many),)),), PatchFrontend(PatchEmbed(PATCH)))
+    what, losses = folded(exportable(random_params(model), model)), Losses('bfloat16')
+    names = [name for name, _ in stream(part_of(what), 'float32', losses)]
+    assert sum('q_proj' in name for name in names) == 6 and losses.num_folded == 6  # 3 layers, 2 kernels and 2 adapters

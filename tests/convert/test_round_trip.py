@@ -8,11 +8,28 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 from tiny_foreign import IMAGE_TOKEN, LLAVAS, LLMS, VITS, packed, pictures, read, write
+from tiny_methods import METHODS
 from tiny_model import quick_jit, strict  # noqa: F401
+from tiny_models import make_any
 
+from vora_jax import variants
+from vora_jax.convert.export import own
+from vora_jax.convert.export.exportable import exportable, folded, parameter_shapes
+from vora_jax.convert.export.foreign_stream import stream
+from vora_jax.convert.export.plan import Request
 from vora_jax.convert.families.hf_config import llm_from_config, llm_to_config
+from vora_jax.convert.families.own_layout import Prompting
+from vora_jax.convert.families.recognise import recognise
 from vora_jax.convert.families.vit_config import vit_table, vit_to_config
-from vora_jax.convert.names.name_map import alias_pairs, entries, foreign_shapes, match_names, renamed, to_foreign
+from vora_jax.convert.names.name_map import (
+    alias_pairs,
+    entries,
+    foreign_shapes,
+    from_foreign,
+    match_names,
+    renamed,
+    to_foreign,
+)
 from vora_jax.params import unflatten
 from vora_jax.vision.vit import VisionTransformer
 
@@ -220,6 +237,55 @@ def test_configurations_give_themselves_again(written):
         vit = found.arguments['vit']
         assert vit_to_config(vit)['model_type'] and set(vit_table(vit).rows) == {
             row._replace(path=row.path.removeprefix('encoder/')) for row in found.table.rows}
+
+
+@pytest.mark.parametrize('kind, merged', [*((kind, False) for kind in METHODS), ('vora_vision', True)])
+def test_the_own_layout_comes_back_bit_for_bit(kind, merged):
+    """Every method; a merged adapter of vision slots comes back as kernels of theirs."""
+    params, model, rule = make_any(kind)
+    what = exportable(params, model)
+    what = folded(what) if merged else what
+    plan = own.plan(Request(what, 'float32', Prompting('', 3), rule, image_token_id=300))
+    content = plan.parts['']
+    tensors = {name: np.array(array) for name, array in stream(content, 'float32')}
+    given = {name: array.shape for name, array in tensors.items()}
+    found = recognise(json.loads(json.dumps(content.files['config.json'])), given)
+    method = getattr(variants, found.method)(**found.arguments)
+    again = method.stage(found.stage).model
+    assert (again.llm, again.vision, again.route_token, _layers(again)) == (
+        what.model.llm, what.model.vision, what.model.route_token, _layers(what.model))
+    assert again.distillation is None and method.vision_tokens == dataclasses.replace(rule, cls=method.vision_tokens.cls)
+    shapes = parameter_shapes(again)
+    names, left = match_names(entries(shapes, found.table), given, found.table, 'the folder')
+    assert not left and sorted(names.values()) == sorted(given)
+    back = from_foreign({name: tensors[given] for name, given in names.items()}, shapes, found.table)
+    expected = _flat_layers(what.params)
+    found_layers = _flat_layers(back)
+    assert found_layers.keys() == expected.keys()
+    for path, leaf in expected.items():
+        np.testing.assert_array_equal(found_layers[path], leaf, path, strict=True)
+
+
+def _layers(model):
+    return [(dict(group.adapters), set(group.biases), dict(group.mixtures), group.prompts) for group in model.groups
+            for _ in range(group.num_layers)]
+
+
+def _flat_layers(params):
+    """{path, layers counted over all groups: array}."""
+    flat, groups = {}, {}
+    for path, leaf in params.items():
+        if path.startswith('decoder/layers/group_'):
+            groups.setdefault(int(path.split('/')[2][6:]), {})[path.split('/', 3)[3]] = leaf
+        else:
+            flat[path] = np.asarray(leaf)
+    at = 0
+    for _, leaves in sorted(groups.items()):
+        num_layers, = {leaf.shape[0] for leaf in leaves.values()}
+        for layer in range(num_layers):
+            flat |= {f'{at + layer}/{name}': np.asarray(leaf[layer]) for name, leaf in leaves.items()}
+        at += num_layers
+    return flat
 
 
 def _in_dtype(model, dtype):

@@ -25,10 +25,10 @@ def test_the_folder_is_complete_and_holds_the_weights(tmp_path, tokenizer):
     provenance = Provenance('vora', 'pretrain', 7, ('runs/base',), 'abc123', ('data/a.jsonl',), 'Train.steps = 7')
     done = export(params, model, prompting(tokenizer, system='be brief'), str(tmp_path / 'out'), provenance=provenance)
     assert sorted(path.name for path in (tmp_path / 'out').iterdir()) == [
-        'README.md', 'block_vora_jax.py', 'chat_template.jinja', 'config.json', 'configuration_vora_jax.py',
-        'generation_config.json', 'model.safetensors', 'modeling_vora_jax.py', 'processing_vora_jax.py',
-        'special_tokens_map.json', 'tokenizer.json', 'tokenizer.model', 'tokenizer_config.json', 'vision_vora_jax.py',
-        'vora_config.gin', 'vora_export.json']
+        'README.md', 'adapters_vora_jax.py', 'block_vora_jax.py', 'chat_template.jinja', 'config.json',
+        'configuration_vora_jax.py', 'generation_config.json', 'model.safetensors', 'modeling_vora_jax.py',
+        'processing_vora_jax.py', 'special_tokens_map.json', 'tokenizer.json', 'tokenizer.model', 'tokenizer_config.json',
+        'vision_vora_jax.py', 'vora_config.gin', 'vora_export.json']
     assert [path.name for path in tmp_path.iterdir()] == ['out']
     assert done.dropped == ('the distillation heads', 'the teacher')
     tensors = load_file(tmp_path / 'out' / 'model.safetensors')

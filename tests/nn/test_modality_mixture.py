@@ -171,14 +171,15 @@ def lavin(num_experts=2, route_images_by='slot', sites=('attention',), llm=LLM):
 
 
 def test_a_model_whose_mixtures_are_new_or_off_is_the_base_bit_for_bit():
-    """The encoder's stay: the run-time switch is the language model's."""
+    """Those of the encoder too."""
     example, model = method_batch('lavin'), lavin(sites=('attention', 'mlp'))
     params = random_params(model, example)
-    ups = [path for path in flatten(params) if '/adapter_' in path and path.startswith('decoder/')]
+    ups = [path for path in flatten(params) if '/adapter_' in path]
     assert {path.split('/')[-2] for path in ups} == {'adapter_attention', 'adapter_mlp'}
     new = unflatten({path: leaf * (path not in ups or '/up_' not in path) for path, leaf in flatten(params).items()})
     frozen = unflatten({path: leaf for path, leaf in flatten(params).items() if path not in ups})
-    base_model = model.clone(groups=tuple(dataclasses.replace(group, mixtures=()) for group in model.groups))
+    base_model = model.clone(groups=tuple(dataclasses.replace(group, mixtures=()) for group in model.groups),
+                             vision=dataclasses.replace(model.vision, mixtures=()))
     base = apply(base_model, full_jit)(frozen, example).hidden
     run = apply(model, full_jit)
     np.testing.assert_array_equal(run(new, example, np.ones(3, bool)).hidden, base)

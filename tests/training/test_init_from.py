@@ -20,7 +20,10 @@ def folder(tmp_path_factory):
         'encoder': {'embed': {'kernel': np.full((2, 2), 7, np.float32)}, 'norm': np.ones(2, np.float32)},
         'head': np.zeros((2, 5), np.float32),
     }
-    for name, params in (('lm', lm), ('tagger', tagger)):
+    q_proj = {'kernel': np.ones((3, 4, 4), np.float32), 'adapter_0': {'a': np.ones((3, 4, 2), np.float32),
+                                                                    'b': np.ones((3, 2, 4), np.float32)}}
+    low = {'decoder': {'layers': {'group_0': {'q_proj': q_proj}}}}
+    for name, params in (('lm', lm), ('tagger', tagger), ('low', low)):
         write_checkpoint(root / name, params, '', str(root / 'tokenizer'))
     return root
 
@@ -75,3 +78,34 @@ def test_subtrees_go_where_they_are_sent(folder):
 def test_mistakes_are_told(folder, entry, wanted, words):
     with pytest.raises(UserError, match=words):
         init_from.take([entry.format(folder)], wanted)
+
+
+Q_PROJ = 'decoder/layers/group_{}/q_proj/'
+
+
+def linear(sizes, **adapter):
+    """Shapes of a linear in groups of these sizes, with an adapter in the first."""
+    found = {Q_PROJ.format(group) + 'kernel': (size, 4, 4) for group, size in enumerate(sizes)}
+    found |= {f'{Q_PROJ.format(0)}adapter_0/{name}': (sizes[0], *shape) for name, shape in adapter.items()}
+    return {path: jax.ShapeDtypeStruct(shape, 'float32') for path, shape in found.items()}
+
+
+@pytest.mark.parametrize('wanted', [
+    linear([3]),  # no adapter
+    linear([3], kernel=(4, 4)),  # a kernel of vision slots
+    linear([3], a=(4, 2), b=(2, 4), task=(4, 2)),  # another kind of the same names
+    linear([2, 1], a=(4, 2), b=(2, 4)),  # in fewer layers
+])
+def test_no_adapter_is_lost(folder, wanted):
+    with pytest.raises(UserError, match='holds adapters, which this model does not have, or not alike'):
+        init_from.take([str(folder / 'low')], wanted)
+
+
+def test_a_kernel_of_vision_slots_starts_as_a_copy(folder):
+    same = linear([3], a=(4, 2), b=(2, 4))
+    assert set(init_from.take([str(folder / 'low')], same)) == set(same)
+    path = 'decoder/layers/group_0/kernel'
+    wanted = {path: jax.ShapeDtypeStruct((3, 4), 'float32'),
+              path.replace('kernel', 'adapter_0/kernel'): jax.ShapeDtypeStruct((3, 4), 'float32')}
+    taken = init_from.take([str(folder / 'lm')], wanted)
+    np.testing.assert_array_equal(taken[path.replace('kernel', 'adapter_0/kernel')], taken[path])

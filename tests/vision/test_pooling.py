@@ -210,5 +210,5 @@ def test_a_picture_in_one_window_is_one_token():
 
 @pytest.mark.parametrize('options', [{'pool': 0}, {'pool': 2, 'select': 'cls'}], ids=str)
 def test_what_cannot_be_pooled_is_told(options):
-    with pytest.raises(UserError, match='^EncoderFrontend.pool'):
+    with pytest.raises(UserError, match='^pool = '):
         EncoderFrontend(ENCODER, (-1,), PROJECTOR, **options)

@@ -70,7 +70,6 @@ def open_source(path: str, adapters_only: bool = False) -> Source:
     tokenizer = load_tokenizer(str(folder)) if folder and pathlib.Path(folder).is_dir() else None
     data = dataclasses.replace(config.data, tokenizer=str(folder))
     record = opened.metadata
-    base = tuple(config.init_from) or ((record.origin,) if record.origin not in ('train', 'merge') else ())
-    provenance = Provenance(config.method.name, config.stage, opened.step, base, record.manifest,
+    provenance = Provenance(config.method.name, config.stage, opened.step, tuple(config.init_from), record.manifest,
                             tuple(source.path for source in config.data.sources), opened.config_text)
     return Source(opened.params, stage.model, config.method.vision_tokens, data, tokenizer, provenance)

@@ -50,7 +50,7 @@ def greedy(model: Any, params: Params, prompts: Batch, *, max_new_tokens: int, e
                           route_slot=prompts.route_slot,
                           vision=vision_slots(prompts.vision_slot, prompts.modality, adapters_on))
     cache = empty_cache(model, num_rows, num_slots + max_new_tokens)
-    x = model.apply(variables, prompts, method='embed')
+    x = model.apply(variables, prompts, adapters_on, method='embed')
     hidden, cache = model.apply(variables, x, prompts.positions, context, cache, method='decode')
     first = next_token(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])
     position = jnp.take_along_axis(prompts.positions, last[:, None], axis=1)

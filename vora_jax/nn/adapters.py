@@ -5,6 +5,7 @@ and output at those slots, and gives the new output.
 """
 import dataclasses
 import math
+from typing import Literal
 
 import flax.linen as nn
 import jax
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 
 from vora_jax.nn.norms import LayerNorm
 from vora_jax.ops.linear import linear
-from vora_jax.types import Params, Scope
+from vora_jax.types import Params, Scope, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +30,9 @@ class LowRank:
     scale: float = 1.0
     dropout: float = 0.0
     scope: Scope = 'all'
+
+    def __post_init__(self):
+        _check_rank(self)
 
     def branch(self, axes: tuple[str, str], deterministic: bool, name: str) -> nn.Module:
         """The Linen module that computes the new output."""
@@ -58,6 +62,9 @@ class DualLowRank:
     scope: Scope = 'all'
     norm_eps: float = 1e-5
 
+    def __post_init__(self):
+        _check_rank(self)
+
     def branch(self, axes: tuple[str, str], deterministic: bool, name: str) -> nn.Module:
         """The Linen module that computes the new output."""
         return DualLowRankBranch(self, axes, deterministic, name=name)
@@ -70,7 +77,12 @@ class ModalityKernel:
     scope: the slots it acts on: vision or text.
     """
 
-    scope: Scope = 'vision'
+    scope: Literal['vision', 'text'] = 'vision'
+
+    def __post_init__(self):
+        if self.scope not in ('vision', 'text'):
+            raise UserError(f"ModalityKernel.scope is {self.scope!r}; it is 'vision' or 'text'. A kernel for all slots is the "
+                            "layer's own: train that.")
 
     def branch(self, axes: tuple[str, str], deterministic: bool, name: str) -> nn.Module:
         """The Linen module that computes the new output."""
@@ -121,6 +133,12 @@ class ModalityKernelBranch(nn.Module):
 
         out = linear(x, copied('kernel', kernel, self.axes))
         return out if bias is None else out + copied('bias', bias, self.axes[1:]).astype(x.dtype)[None, None]
+
+
+def _check_rank(adapter: LowRank | DualLowRank) -> None:
+    if adapter.rank < 1 or not 0 <= adapter.dropout < 1:
+        raise UserError(f'{type(adapter).__name__}: rank {adapter.rank} must be at least 1, and dropout {adapter.dropout} from 0 '
+                        'to less than 1.')
 
 
 def _low(branch: nn.Module, name: str, x: jax.Array) -> jax.Array:

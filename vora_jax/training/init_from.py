@@ -22,6 +22,7 @@ from vora_jax.types import UserError
 log = logging.getLogger(__name__)
 
 _STACK = re.compile(r'(.*/)group_(\d+)/.*')
+_ADAPTER = re.compile(r'.*/adapter_[^/]*')
 
 
 class Entry(NamedTuple):
@@ -89,11 +90,10 @@ def _given(entry: Entry, text: str, shapes: Mapping[str, Any]) -> dict[str, np.n
     flat = flatten(open_checkpoint(entry.checkpoint).params)
     if entry.target:
         flat = _move(entry, flat)
-    elif any('/adapter_' in path for path in flat) and not any('/adapter_' in path for path in shapes):
-        raise UserError(f'Train.init_from: {text} holds adapters, which this model does not have; fold them first with '
-                        '`vora merge`.')
-    flat = _regroup(flat, shapes)
+    before, flat = flat, _regroup(flat, shapes)
     given = {path: array for path, array in flat.items() if path in shapes}
+    if not entry.target:
+        _raise_if_adapters_are_lost(text, before, given, shapes)
     if not given:
         raise UserError(
             f'Train.init_from: {text} gives none of the parameters of this model; it has '
@@ -106,6 +106,20 @@ def _given(entry: Entry, text: str, shapes: Mapping[str, Any]) -> dict[str, np.n
             raise UserError(f'Train.init_from: {text} leaves {missing[0]} without a value; it gives '
                             f'{_some(flat)}.')
     return given
+
+
+def _raise_if_adapters_are_lost(text: str, before: Mapping[str, np.ndarray], given: Mapping[str, np.ndarray],
+                                shapes: Mapping[str, Any]) -> None:
+    """UserError where adapters of a checkpoint have no place in this model, or one of another kind."""
+    def adapters(paths: Iterable[str]) -> list[str]:
+        return [path for path in paths if '/adapter_' in path]
+
+    lost = sum(before[path].size for path in adapters(before)) != sum(given[path].size for path in adapters(given))
+    begun = {_ADAPTER.match(path)[0] for path in adapters(given)}
+    unlike = any(_ADAPTER.match(path)[0] in begun for path in adapters(shapes) if path not in given)
+    if lost or unlike:
+        raise UserError(f'Train.init_from: {text} holds adapters, which this model does not have, or not alike; fold them '
+                        'first with `vora merge`, or give this stage the same adapters.')
 
 
 def _move(entry: Entry, flat: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

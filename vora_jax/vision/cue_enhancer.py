@@ -12,7 +12,7 @@ from vora_jax.nn.adapted_dense import AdaptedDense
 from vora_jax.nn.norms import LayerNorm
 from vora_jax.nn.slots import SlotContext
 from vora_jax.ops.deformable import deformable_sample
-from vora_jax.types import KeyRange
+from vora_jax.types import KeyRange, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +34,10 @@ class CueEnhancer:
     anchor: int = 0
     final_norm: bool = True
     norm_eps: float = 1e-6
+
+    def __post_init__(self):
+        if min(self.num_heads, self.num_points) < 1:
+            raise UserError(f'CueEnhancer: num_heads {self.num_heads} and num_points {self.num_points} must be at least 1.')
 
 
 class CueEnhancerModule(nn.Module):
@@ -57,10 +61,11 @@ class CueEnhancerModule(nn.Module):
         values = linear('value_proj', values, width, nn.initializers.xavier_uniform())
         values = jnp.moveaxis(values.reshape(batch, len(levels), places, heads, -1), 1, 0)
         shape = batch, places, heads, len(levels), points
+        query = query.astype(jnp.float32)  # places of a few patches would lose their fractions in bfloat16
         offsets = linear('offset_proj', query, math.prod(shape[2:]) * 2, bias_init=_spread(*shape[2:]))
-        offsets = offsets.reshape(*shape, 2).astype(jnp.float32)
+        offsets = offsets.reshape(*shape, 2)
         weights = linear('weight_proj', query, math.prod(shape[2:])).reshape(*shape[:3], -1)
-        weights = nn.softmax(weights.astype(jnp.float32), axis=-1).reshape(shape)
+        weights = nn.softmax(weights, axis=-1).reshape(shape)
 
         image = jnp.maximum(patches.image_id, 0)
         grid = jnp.take_along_axis(patches.grid, image[..., None], axis=1)

@@ -12,7 +12,7 @@ from vora_jax.nn.adapted_dense import AdaptedDense
 from vora_jax.nn.modality_mixture import MixtureTable
 from vora_jax.nn.slots import SlotContext
 from vora_jax.ops.attention import attention
-from vora_jax.types import UserError
+from vora_jax.types import Array, UserError
 from vora_jax.vision.cue_enhancer import CueEnhancer, CueEnhancerModule
 from vora_jax.vision.patch_embed import PatchEmbed
 from vora_jax.vision.pooling import window_means
@@ -31,6 +31,11 @@ class Projector:
     bias: bool = True
     activation: Literal['gelu', 'silu'] = 'gelu'
     hidden_width: int = 0
+
+    def __post_init__(self):
+        if self.num_layers < 1 or self.hidden_width < 0:
+            raise UserError(f'Projector: num_layers {self.num_layers} must be at least 1, and hidden_width {self.hidden_width} '
+                            'not negative.')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,12 +61,12 @@ class EncoderFrontend:
     def __post_init__(self):
         layers = self.encoder.num_layers
         if not self.taps or not all(-layers <= tap < layers for tap in self.taps):
-            raise UserError(f'EncoderFrontend.taps = {self.taps} are not blocks of an encoder of {layers} layers.')
+            raise UserError(f'taps = {self.taps} are not blocks of an encoder of {layers} layers.')
         if self.select == 'cls' and not self.patch_embed.cls_token:
-            raise UserError("EncoderFrontend.select = 'cls' needs an encoder with a [cls] token; set "
+            raise UserError("select = 'cls' needs an encoder with a [cls] token; set "
                             'PatchEmbed.cls_token = True or take another encoder.')
         if self.pool < 1 or (self.pool > 1 and self.select == 'cls'):
-            raise UserError(f'EncoderFrontend.pool = {self.pool} with select = {self.select!r}: it must be 1, or more with '
+            raise UserError(f'pool = {self.pool} with select = {self.select!r}: it must be 1, or more with '
                             "select = 'patch'.")
         if isinstance(self.fusion, CueEnhancer):
             if self.select == 'cls' or self.encoder.width % self.fusion.num_heads:
@@ -94,11 +99,11 @@ class EncoderFrontendModule(nn.Module):
     deterministic: bool = True
 
     @nn.compact
-    def __call__(self, patches: Patches) -> jax.Array:
+    def __call__(self, patches: Patches, adapters_on: Array | None = None) -> jax.Array:
         config, projector = self.config, self.config.projector
         encoder = VisionTransformer(config.encoder, self.attend, self.dtype, config.mixtures, self.deterministic,
                                     name='encoder')
-        blocks = encoder(patches).blocks
+        blocks = encoder(patches, adapters_on).blocks
         levels = [blocks[tap] for tap in config.taps]
         if config.select == 'cls':
             levels = [jnp.take_along_axis(level, cls_places(patches)[..., None], axis=1) for level in levels]

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from vora_jax.batch import Patches
+from vora_jax.types import Array
 from vora_jax.vision.patch_embed import PatchEmbed, PatchEmbedding
 
 
@@ -29,7 +30,8 @@ class PatchFrontendModule(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, patches: Patches) -> jax.Array:
+    def __call__(self, patches: Patches, adapters_on: Array | None = None) -> jax.Array:
+        """`adapters_on` switches nothing: there are no adapters here."""
         x = PatchEmbedding(self.config.patch_embed, self.dtype, name='patch_embed')(patches)
         kernel = self.param('out_proj', nn.with_logical_partitioning(nn.initializers.lecun_normal(), ('vision', 'embed')),
                             (x.shape[-1], self.width), jnp.float32)

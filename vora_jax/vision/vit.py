@@ -14,7 +14,7 @@ from vora_jax.nn.norms import Norm, norm
 from vora_jax.nn.slots import SlotContext
 from vora_jax.nn.stack import LayerGroup, Stack, Tap
 from vora_jax.ops.attention import attention
-from vora_jax.types import UserError
+from vora_jax.types import Array, UserError
 from vora_jax.vision.attention_pool import AttentionPool, Pool
 from vora_jax.vision.patch_embed import PatchEmbed, PatchEmbedding
 
@@ -81,14 +81,14 @@ class VisionTransformer(nn.Module):
     deterministic: bool = True
 
     @nn.compact
-    def __call__(self, patches: Patches) -> Features:
+    def __call__(self, patches: Patches, adapters_on: Array | None = None) -> Features:
         config = self.config
         x = PatchEmbedding(config.patch_embed, self.dtype, name='patch_embed')(patches)
         if config.pre_norm:
             x = norm(config.norm, config.norm_eps, 'pre_norm')(x)
         groups = (LayerGroup(config.num_layers, side=True, mixtures=self.mixtures),)
         stack = Stack(config.block_shape, groups, Tap, self.attend, deterministic=self.deterministic, name='blocks')
-        context = SlotContext(patches.key_range, route_slot=patches.key_start)
+        context = SlotContext(patches.key_range, adapters_on=adapters_on, route_slot=patches.key_start)
         x, _, blocks = stack(x, context, side_scanned=())
         x = norm(config.norm, config.norm_eps, 'norm')(x)
         pooled = None

@@ -41,8 +41,7 @@ def adapted(method: str, model: Any, trainable: Sequence[str], where: str) -> Ad
         UserError: the authors of this method have no such files.
     """
     if method not in METHODS:
-        raise UserError(f'{where}: {method} has no adapter files of its own, only {", ".join(METHODS)} have; take another '
-                        'layout.')
+        raise UserError(f'{where}: {method} has no adapter files of its own, only {", ".join(METHODS)} have.')
     layers = model.vision.projector.num_layers
     table = {'lavin': lambda: LAVIN_ADAPTERS, 'llava': lambda: llava_adapters(layers),
              'vce_dual_lora': lambda: dual_lora_adapters(layers)}[method]()

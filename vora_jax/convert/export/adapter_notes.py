@@ -23,6 +23,9 @@ def refuse(what: Adapted) -> None:
     if not plain:
         raise UserError(f'export: the projector of {what.method}\'s code is another one than {projector}; take the layout '
                         '`own`.')
+    if what.method == 'llava' and (len(vision.taps) > 1 or vision.pool > 1):
+        raise UserError(f'export: LLaVA\'s code takes one level of its encoder, a token for each patch; this model has taps = '
+                        f'{vision.taps} and pool = {vision.pool}, so take the layout `own`.')
     if mixtures and any(mixture.num_experts != 2 for group in what.model.groups for _, mixture in group.mixtures):
         raise UserError('export: LaVIN\'s mixtures have 2 paths; take the layout `own`.')
 
@@ -38,6 +41,10 @@ def facts(what: Adapted, lora_folder: str = '') -> list[str]:
         (_, mixture), *_ = vision.mixtures
         found.append(f'Run LaVIN\'s code with --adapter_dim {mixture.rank} --adapter_scale {mixture.scale:g} --temperature '
                      f'{mixture.temperature:g} and groups {mixture.num_groups}; the file does not tell them.')
+        every_fourth = tuple(range(3, vision.encoder.num_layers, 4))
+        if tuple(tap % vision.encoder.num_layers for tap in vision.taps) != every_fourth:
+            found.append(f'LaVIN\'s code takes the [cls] of every fourth block; these adapters were trained with taps = '
+                         f'{vision.taps}.')
         if mixture.route_by != 'first_row':
             found.append(f'LaVIN\'s vision tower routes each place by that of the batch\'s first image; these adapters were '
                          f'trained with route_images_by = {mixture.route_by!r}'

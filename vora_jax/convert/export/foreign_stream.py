@@ -110,7 +110,7 @@ class Losses:
 
     dtype: of the cast.
     largest, largest_at: weight change by the cast, and its tensor.    sum_squares, count: of all of them.
-    change, change_at, change_squares: the same of the changes that the adapters made.    num_folded: adapters folded.
+    change, change_at, change_squares: the same of the changes that the adapters made.
     """
 
     dtype: str
@@ -121,8 +121,13 @@ class Losses:
     change: float = 0.0
     change_at: str = ''
     change_squares: float = 0.0
-    num_folded: int = 0
+    _folded: set[tuple[int, int | None]] = dataclasses.field(default_factory=set)
     _only_folded: bool = False
+
+    @property
+    def num_folded(self) -> int:
+        """Adapters folded, each in each layer."""
+        return len(self._folded)
 
     def add(self, name: str, leaf: Leaf, entry: Entry, sources: tuple[Array, ...]) -> None:
         """Counts one tensor in."""
@@ -135,7 +140,8 @@ class Losses:
         if is_folded:
             kernel = leaf.kernel[entry.layer]
             change, squares = map(float, _change(sources[0], kernel))
-            self.num_folded += len(leaf.branches)
+            # One on all slots is in the kernel of text and in that of vision, and the same dict of arrays in both.
+            self._folded |= {(id(branch), entry.layer) for _, branch in leaf.branches}
             self.change_squares += squares
             if change >= self.change:
                 self.change, self.change_at = change, name

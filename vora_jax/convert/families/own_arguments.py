@@ -80,7 +80,8 @@ def _patch_arguments(model: VisionLanguageModel, rule: VisionTokenRule) -> Argum
         return 'vora', 'finetune', arguments | {'targets': targets}
     adapter = first.adapters[0][1][0]
     recipe = dataclasses.asdict(adapter) if isinstance(adapter, LowRank) else {'adapter': adapter}
-    return 'vora', 'pretrain', arguments | recipe | {'targets': tuple(linear for linear, _ in first.adapters)}
+    stage = 'finetune' if isinstance(adapter, ModalityKernel) else 'pretrain'  # a merge leaves such kernels
+    return 'vora', stage, arguments | recipe | {'targets': tuple(linear for linear, _ in first.adapters)}
 
 
 def _told(model: VisionLanguageModel) -> tuple:

@@ -7,6 +7,7 @@ from PIL import Image, ImageOps
 from torch.nn.utils.rnn import pad_sequence
 
 PLACEHOLDER = '<image>'
+CHATML = '<|im_start|>'
 
 
 def make_inputs(config, tokenizer, questions, images=None):
@@ -30,8 +31,8 @@ def make_inputs(config, tokenizer, questions, images=None):
         size = config.vision['patch_embed']['patch_size'] if config.vision else 1
         patches = [to_patches(picture, size, config.image_policy) for picture in pictures]
         slots = iter([int(tokens_per_picture(config, torch.tensor(grid))) for _, grid in patches])
-        row = []  # `<image>` is one special token of the text, which tokenised in parts would have other ids
-        for token in tokenizer(text, add_special_tokens=False)['input_ids']:
+        row = []
+        for token in encode(tokenizer, text, config.image_token_id):
             row += [token] * next(slots) if patches and token == config.image_token_id else [token]
         route = [] if config.route_token_id is None else [config.route_token_id]
         ids.append(torch.tensor(route + row, dtype=torch.long))
@@ -42,6 +43,15 @@ def make_inputs(config, tokenizer, questions, images=None):
     if any(map(len, grids)):
         inputs |= {'pixel_values': pad_sequence(pixels, True), 'image_grid': pad_sequence(grids, True)}
     return inputs
+
+
+def encode(tokenizer, text, image_token_id):
+    """Ids of a rendered prompt, with one `image_token_id` for each `<image>`, which is a special token of the tokenizer."""
+    if text.startswith(CHATML) and tokenizer.convert_tokens_to_ids(CHATML) in (None, tokenizer.unk_token_id):
+        # A ChatML whose marks are no special tokens: its stretches between pictures are texts of their own.
+        first, *others = (tokenizer(part, add_special_tokens=False)['input_ids'] for part in text.split(PLACEHOLDER))
+        return first + [token for other in others for token in (image_token_id, *other)]
+    return tokenizer(text, add_special_tokens=False)['input_ids']
 
 
 def tokens_per_picture(config, grid):

@@ -156,8 +156,11 @@ class CueEnhancer(nn.Module):
         """[n, rows * cols, width] of n pictures' levels, each [n, rows * cols, width]."""
         anchor, heads = levels[self.settings['anchor']], self.shape[0]
         query = self.norm_query(anchor)
-        weights = self.weight_proj(query).unflatten(-1, (heads, -1)).float().softmax(-1).unflatten(-1, self.shape[1:])
-        offsets = self.offset_proj(query).unflatten(-1, (*self.shape, 2)).float()
+        # In float32: places of a few patches would lose their fractions in half precision.
+        weights, offsets = (F.linear(query.float(), linear.weight.float(), linear.bias.float())
+                            for linear in (self.weight_proj, self.offset_proj))
+        weights = weights.unflatten(-1, (heads, -1)).softmax(-1).unflatten(-1, self.shape[1:])
+        offsets = offsets.unflatten(-1, (*self.shape, 2))
         row, col = torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing='ij')
         centre = torch.stack([col, row], dim=-1).flatten(0, 1).to(offsets) + 0.5
         places = (centre[:, None, None, None] + offsets) / centre.new_tensor([cols, rows]) * 2 - 1  # from -1 to 1

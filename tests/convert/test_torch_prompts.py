@@ -1,0 +1,65 @@
+"""The exported code makes the ids of our prompts."""
+import types
+
+import pytest
+import tiny_tokenizers as tiny
+from tiny_models import make_tokenizer
+
+from vora_jax.convert.export.tokenizer_files import write_tokenizer_files
+from vora_jax.data.conversation import Image, render_prompt
+from vora_jax.data.templates import TEMPLATES, find_template, jinja
+from vora_jax.data.tokenizer import load_tokenizer
+
+PIL = pytest.importorskip('PIL.Image')
+pytest.importorskip('torch', reason="needs pip install 'vora_jax[torch]'")
+transformers = pytest.importorskip('transformers', reason="needs pip install 'vora_jax[torch]'")
+
+PICTURES = {(8, 12): 6, (4, 8): 2}  # (height, width): patches of 4 pixels
+CHATML = ('chatml', 'chatml_system', 'vora', 'qwen2.5', 'smollm2')
+BARE = ('plain', 'image_first', 'image_first_instruction')
+KINDS = {'qwen': (*CHATML, *BARE), 'qwen_pair': ('vora', 'qwen2.5', 'image_first'), 'llama3': ('llama3', *BARE[1:]),
+         'own': (*CHATML, *BARE)} | {
+    kind: ('vicuna_v1', 'llama2', 'chatml', *BARE) for kind in ('llama2', 'llama2_legacy', 'llama2_model')}
+
+
+@pytest.fixture(scope='module')
+def folders(tmp_path_factory):
+    def new(name):
+        return tmp_path_factory.mktemp(name)
+
+    model, qwen = tiny.llama_model(new('model')), tiny.byte_level(new('qwen'))
+    return {'qwen': qwen, 'qwen_pair': tiny.pair(qwen, new('pair')), 'own': make_tokenizer(new('own')),
+            'llama3': tiny.byte_level(new('llama3'), tiny.LLAMA3_MARKERS),
+            'llama2': tiny.llama_json(model, new('llama2')), 'llama2_model': model,
+            'llama2_legacy': tiny.llama_json(model, new('llama2_legacy'), legacy=True)}
+
+
+def questions():
+    """(question, number of its pictures): pictures where no mark is, in front, inside, behind, and side by side."""
+    for text in ('is it red?', '  two\n\nlines ', '\u6771\u4eac', *tiny.random_texts(3)):
+        yield from ((text, 0), (text, 1), (text, 2), (f'<image>\n{text}', 1), (f'{text}<image>', 1),
+                    (f'<image>{text}<image> {text}', 2), (f'a <image><image>{text}', 2))
+
+
+@pytest.mark.parametrize('kind, name', [(kind, name) for kind, names in KINDS.items() for name in names])
+def test_ids_are_those_of_our_prompts(kind, name, folders, tmp_path):
+    from vora_jax.convert.torch_model.processing_vora_jax import make_inputs
+    ours, template = load_tokenizer(folders[kind]), find_template(name)
+    image = write_tokenizer_files(folders[kind], tmp_path, jinja(template, ours), template.end_id(ours))
+    theirs = transformers.AutoTokenizer.from_pretrained(str(tmp_path))
+    config = types.SimpleNamespace(
+        vision={'patch_embed': {'patch_size': 4}}, image_token_id=image, route_token_id=None,
+        image_policy={'kind': 'native', 'min_patches': 1, 'max_patches': 16},
+        vision_tokens={'pool': 1, 'tokens_per_place': 1, 'select': 'patch'})
+    pictures = [PIL.new('RGB', (width, height)) for height, width in PICTURES]
+    slots = list(PICTURES.values())
+    asked = list(questions())
+    inputs = make_inputs(config, theirs, [text for text, _ in asked], [pictures[:count] for _, count in asked])
+    for row, mask, (text, count) in zip(inputs['input_ids'], inputs['attention_mask'].bool(), asked):
+        expected = [token for piece in render_prompt(text, count, ours, template)
+                    for token in ([image] * slots[piece.index] if isinstance(piece, Image) else piece.ids)]
+        assert row[mask].tolist() == expected, (text, count)
+
+
+def test_every_template_is_asked():
+    assert {name for names in KINDS.values() for name in names} == set(TEMPLATES)
