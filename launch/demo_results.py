@@ -37,8 +37,9 @@ def main(folder: str) -> None:
     run = pathlib.Path(folder)
     results = {method: figures for method in METHODS if (figures := result(run, method))}
     (run / 'results.json').write_text(json.dumps(results, indent=1) + '\n')
-    print('| method | ' + ' | '.join(KINDS) + ' | colour + shape | blind | trained, last stage | tokens/s | torch diff | minutes |')
-    print('|---' * 10 + '|')
+    columns = ('method', *KINDS, 'colour + shape', 'blind', 'trained, last stage', 'tokens/s', 'torch diff', 'minutes')
+    print('| ' + ' | '.join(columns) + ' |')
+    print('|---' * len(columns) + '|')
     for method, figures in results.items():
         cells = [METHODS[method], *(f'{100 * figures["accuracy"][kind]:.1f}' for kind in KINDS),
                  f'**{100 * figures["both"]:.1f}**', f'{100 * figures["both_blind"]:.1f}',

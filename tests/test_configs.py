@@ -111,7 +111,7 @@ RECIPES = {
     'vce_dual_lora/pretrain_7b.gin': (1954, 256, 59, 0.0, 1.0, {PROJECTOR: 1e-3, ENHANCER: 1e-3}),
     'vce_dual_lora/finetune_7b.gin': (3907, 128, 118, 0.0, 1.0, {PROJECTOR: 2e-5, ENHANCER: 2e-5, ADAPTER: 2e-4}),
     'hybrids/kernels_on_patches_7b.gin': (143360, 256, 100, 0.0, 0.0, {ADAPTER: 5e-5, 'frontend/patch_embed/kernel': 2e-4}),
-    'hybrids/kernels_on_patches_finetune_7b.gin': (5198, 128, 20, 0.0, 0.0, {HEAD: 2e-5, 'frontend/patch_embed/kernel': 2e-5}),
+    'hybrids/kernels_on_patches_finetune_7b.gin': (5198, 128, 20, 0.0, 0.0, {HEAD: 2e-5, ADAPTER: 2e-5}),
     'hybrids/dual_lora_on_llava_7b.gin': (5198, 128, 156, 0.0, 1.0, {PROJECTOR: 2e-5, ADAPTER: 2e-4}),
 }
 

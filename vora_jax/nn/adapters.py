@@ -81,8 +81,8 @@ class ModalityKernel:
 
     def __post_init__(self):
         if self.scope not in ('vision', 'text'):
-            raise UserError(f"ModalityKernel.scope is {self.scope!r}; it is 'vision' or 'text'. A kernel for all slots is the "
-                            "layer's own: train that.")
+            raise UserError(f"ModalityKernel.scope is {self.scope!r}; it is 'vision' or 'text'. A kernel for all slots is "
+                            "the layer's own: train that.")
 
     def branch(self, axes: tuple[str, str], deterministic: bool, name: str) -> nn.Module:
         """The Linen module that computes the new output."""
@@ -137,8 +137,8 @@ class ModalityKernelBranch(nn.Module):
 
 def _check_rank(adapter: LowRank | DualLowRank) -> None:
     if adapter.rank < 1 or not 0 <= adapter.dropout < 1:
-        raise UserError(f'{type(adapter).__name__}: rank {adapter.rank} must be at least 1, and dropout {adapter.dropout} from 0 '
-                        'to less than 1.')
+        raise UserError(f'{type(adapter).__name__}: rank {adapter.rank} must be at least 1, and dropout {adapter.dropout} '
+                        'from 0 to less than 1.')
 
 
 def _low(branch: nn.Module, name: str, x: jax.Array) -> jax.Array:

@@ -34,8 +34,8 @@ class Projector:
 
     def __post_init__(self):
         if self.num_layers < 1 or self.hidden_width < 0:
-            raise UserError(f'Projector: num_layers {self.num_layers} must be at least 1, and hidden_width {self.hidden_width} '
-                            'not negative.')
+            raise UserError(f'Projector: num_layers {self.num_layers} must be at least 1, and hidden_width '
+                            f'{self.hidden_width} not negative.')
 
 
 @dataclasses.dataclass(frozen=True)

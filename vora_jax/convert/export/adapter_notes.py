@@ -24,8 +24,8 @@ def refuse(what: Adapted) -> None:
         raise UserError(f'export: the projector of {what.method}\'s code is another one than {projector}; take the layout '
                         '`own`.')
     if what.method == 'llava' and (len(vision.taps) > 1 or vision.pool > 1):
-        raise UserError(f'export: LLaVA\'s code takes one level of its encoder, a token for each patch; this model has taps = '
-                        f'{vision.taps} and pool = {vision.pool}, so take the layout `own`.')
+        raise UserError(f'export: LLaVA\'s code takes one level of its encoder, a token for each patch; this model has taps '
+                        f'= {vision.taps} and pool = {vision.pool}, so take the layout `own`.')
     if mixtures and any(mixture.num_experts != 2 for group in what.model.groups for _, mixture in group.mixtures):
         raise UserError('export: LaVIN\'s mixtures have 2 paths; take the layout `own`.')
 
