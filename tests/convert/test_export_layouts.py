@@ -233,7 +233,7 @@ def test_the_widest_dtype_is_kept(folder, tmp_path):
     ('vce_dual_lora', 'llava', {}, 'so no kernel equals it; export the model unmerged (layout `own`).'),
     ('dual_on_llava', 'peft', {}, 'PEFT has no DualLowRank; take the layout `own`'),
     ('prompted', 'own', {'merge': True}, 'GatedPrompts are keys and values beside the kernels'),
-    ('kernels_on_patches', 'vora', {}, "adapter of scope 'all' on each of the seven linears; take the layout `own`."),
+    ('kernels_on_patches', 'vora', {}, "VoRA's code has only a patch embedding with bias, norm"),
     ('vision', 'vora', {'merge': True}, "adapter of scope 'all' on each of the seven linears; take the layout `own`."),
     ('vision', 'peft', {}, "PEFT's adapters act on all slots, these on those of scope 'vision'; take the layout `own`"),
     ('some', 'vora', {}, "one LowRank adapter of scope 'all' on each of the seven linears"),

@@ -9,8 +9,8 @@ import sys
 import ml_dtypes
 import numpy as np
 import pytest
-from tiny_methods import METHODS
-from tiny_model import LLM
+from tiny_methods import METHODS, method_batch
+from tiny_model import LLM, random_params
 
 from vora_jax import variants
 from vora_jax.convert.adapters.compare import compare_adapters
@@ -408,3 +408,13 @@ def test_dtypes_that_differ_are_written_as_the_widest(tmp_path):
     assert export_adapters(unflatten(mixed), VCE, 'pretrain', str(tmp_path / 'half'), dtype='float16').dtype == 'float16'
     assert {tensor.dtype for tensor in stored(tmp_path / 'half').values()} == {torch.float16}
     assert flatten(unflatten(mixed)).keys() == mixed.keys()
+
+
+@pytest.mark.parametrize('changes', [{'pool': 2}, {'taps': (0, 1)}], ids=str)
+def test_what_the_released_projector_cannot_be_fed_is_told(changes, tmp_path):
+    frontend = PLAIN.stage('pretrain').model.vision
+    method = variants.llava(LLM, frontend.encoder, frontend.projector, **changes)
+    model = method.stage('pretrain').model
+    with pytest.raises(UserError, match='takes one level of its encoder, a token for each patch'):
+        export_adapters(random_params(model, method_batch('llava')), method, 'pretrain', str(tmp_path / 'out'))
+    assert not (tmp_path / 'out').exists()

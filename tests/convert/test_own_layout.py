@@ -81,7 +81,7 @@ def test_arguments_build_the_model_again(kind):
     twin = built.stage(stage).model
     assert (twin.llm, twin.vision, layers(twin)) == (model.llm, model.vision, layers(model))
     assert twin.distillation is None and built.vision_tokens == rule
-    patches = 'vora', 'finetune' if kind in ('merged', 'quirks') else 'pretrain'
+    patches = 'vora', 'finetune' if kind in ('merged', 'quirks', 'kernels_on_patches') else 'pretrain'
     assert (method, stage) == FOUND.get(kind, ('language_model', 'pretrain') if model.vision is None else patches)
 
 

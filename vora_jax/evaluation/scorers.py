@@ -5,10 +5,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from vora_jax.data.science_qa import LETTERS
 from vora_jax.evaluation.questions import Question
 from vora_jax.types import UserError
 
-LETTERS = 'ABCDEFGHIJKLMNOPQRSTUVWXYZ'
 ANSWER = re.compile(r'The answer is ([A-Z])\.')
 
 

@@ -28,7 +28,7 @@ class ModalityMixture:
     num_experts: paths E; with one there is nothing to route, and w = 1.
     route_by: `slot` takes r from `SlotContext.route_slot` (the segment's ROUTE slot, the image's [cls] slot); `own` is
         each slot itself; `first_row` the same place in the batch's first row, a quirk of LaVIN's released vision tower,
-        which mixes examples of a batch.
+        which mixes examples of a batch. (Where that row has no picture, empty places route here; there a zero picture does.)
     """
 
     rank: int = 8
