@@ -45,7 +45,7 @@ def one_step(name, sizes):
 
 
 @pytest.mark.parametrize('name', METHODS)
-@pytest.mark.parametrize('sizes', [(8, 1, 1), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize('sizes', [pytest.param((8, 1, 1), marks=pytest.mark.slow), (2, 2, 2)], ids=str)
 def test_every_mesh_gives_the_same_step(name, sizes):
     (metrics, params), (expected, whole) = one_step(name, sizes), one_step(name, (1, 1, 1))
     assert expected['loss'] > 0.1
