@@ -42,6 +42,8 @@ COUNTS = {
                                        IN_LLM: 25_169_920}, 49_042_176, VICUNA + 2 * 64 * 4096),
     'hybrids/kernels_on_patches_7b.gin': ({IN_LLM: 462_551_040 // 28 * 24, 'frontend/*': 7_984_128,
                                            '*/side/*': 132_206_592}, 536_663_040, QWEN),
+    'hybrids/kernels_on_patches_finetune_7b.gin': ({IN_LLM: 462_551_040 // 28 * 24, 'decoder/*': QWEN,
+                                                    'frontend/*': 7_984_128}, 8_020_072_960, QWEN),
     'hybrids/dual_lora_on_llava_7b.gin': ({'frontend/projector_*': CLIP_MLP, IN_LLM: 25_169_920}, 46_149_632, VICUNA),
 }
 COUNTS['lavin/chat_13b.gin'] = COUNTS['lavin/science_qa_13b.gin']
