@@ -3,7 +3,7 @@
 #
 #   bash launch/demo.sh METHOD       one of the methods below: train, evaluate, export, verify
 #   bash launch/demo.sh all          all of them, then the table
-#   bash launch/demo.sh base         only what they share: data, language model, encoder (about 4 minutes, made once)
+#   bash launch/demo.sh base         only what they share: data, language model, encoder (about 8 minutes, made once)
 #
 # Everything goes to runs/demo; run it again to continue where it stopped.
 set -euo pipefail

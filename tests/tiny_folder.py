@@ -1,15 +1,27 @@
 """Tiny Hugging Face folders with random weights, written without `transformers`."""
+import contextlib
 import json
 import pathlib
+import signal
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from vora_jax import variants
+from vora_jax.cli import import_
 from vora_jax.convert.export.exportable import parameter_shapes
 from vora_jax.convert.families.recognise import recognise
 from vora_jax.convert.files.safetensors_files import write_shards
 from vora_jax.convert.names.name_map import to_foreign
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    """For tests of `vora import`: JAX runs already in this process; a test's process keeps its signal handlers."""
+    monkeypatch.setattr(import_, 'join_processes', contextlib.nullcontext)
+    monkeypatch.setattr(signal, 'signal', lambda *_: None)
+
 
 LLM = {'vocab_size': 320, 'hidden_size': 16, 'intermediate_size': 24, 'num_hidden_layers': 3, 'num_attention_heads': 4,
        'num_key_value_heads': 2, 'max_position_embeddings': 256, 'rms_norm_eps': 1e-5}

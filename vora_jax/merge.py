@@ -117,7 +117,7 @@ def raise_if_unmergeable(model: VisionLanguageModel) -> None:
         raise UserError(f'merge: a {type(model).__name__} has no adapters; merge a checkpoint of a stage that trained some.')
     for group in model.groups:
         raise_if_unfoldable(group)
-    if not any(low_rank(group) or group.side for group in model.groups) and model.distillation is None:
+    if not any(has_low_rank(group) or group.side for group in model.groups) and model.distillation is None:
         raise UserError('merge: this checkpoint has no adapters that can be folded and no distillation heads; there is '
                         'nothing to merge.')
 
@@ -153,7 +153,7 @@ def merged_model(model: VisionLanguageModel) -> VisionLanguageModel:
     return model.clone(groups=join_groups(merged(group) for group in model.groups), distillation=None)
 
 
-def low_rank(group: LayerGroup) -> bool:
+def has_low_rank(group: LayerGroup) -> bool:
     """Whether a group has adapters that `merge` would fold, or refuse."""
     return any(isinstance(adapter, (LowRank, DualLowRank)) for _, adapters in group.adapters for adapter in adapters)
 

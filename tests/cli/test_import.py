@@ -1,5 +1,4 @@
 """`vora import`, through the command line."""
-import contextlib
 import errno
 import json
 import os
@@ -14,6 +13,7 @@ import pytest
 import tiny_folder
 import tiny_run
 from orbax.checkpoint.experimental import v1 as ocp
+from tiny_folder import alone  # noqa: F401
 
 from vora_jax.cli import gin_config, import_
 from vora_jax.cli import main as cli
@@ -24,13 +24,6 @@ from vora_jax.training.checkpoint import open_checkpoint
 from vora_jax.types import UserError
 
 UP = 'model.layers.1.mlp.up_proj.weight'
-
-
-@pytest.fixture(autouse=True)
-def alone(monkeypatch):
-    """JAX runs already in this process; a test's process keeps its signal handlers."""
-    monkeypatch.setattr(import_, 'join_processes', contextlib.nullcontext)
-    monkeypatch.setattr(signal, 'signal', lambda *_: None)
 
 
 @pytest.fixture(scope='module')

@@ -1,15 +1,14 @@
 """The papers' own adapter files through `vora import`, `train`, `export`, `verify`."""
-import contextlib
 import json
 import pathlib
-import signal
 
 import numpy as np
 import pytest
 import tiny_pictures
 from export_checkpoints import write
+from tiny_folder import alone  # noqa: F401
 
-from vora_jax.cli import gin_config, import_
+from vora_jax.cli import gin_config
 from vora_jax.cli.main import main
 from vora_jax.params import flatten
 from vora_jax.training import init_from
@@ -34,13 +33,6 @@ BASE = SMALL.replace('@vora()', '@language_model()')
 BASE = '\n'.join(line for line in BASE.splitlines() if not line.startswith(('PatchEmbed', 'Vit')))
 ENCODER = SMALL.replace('@vora()', '@image_encoder()').replace("'pretrain'", "'frozen'")
 ENCODER = '\n'.join(line for line in ENCODER.splitlines() if not line.startswith('LanguageModel'))
-
-
-@pytest.fixture(autouse=True)
-def alone(monkeypatch):
-    """JAX runs already in this process; a test's process keeps its signal handlers."""
-    monkeypatch.setattr(import_, 'join_processes', contextlib.nullcontext)
-    monkeypatch.setattr(signal, 'signal', lambda *_: None)
 
 
 @pytest.fixture(scope='module')

@@ -22,6 +22,7 @@ from vora_jax import variants
 from vora_jax.convert.export.exportable import parameter_shapes
 from vora_jax.convert.names.layouts import CONVOLUTION, LEADING_1, SAME, TABLE, TRANSPOSED, Layout
 from vora_jax.convert.names.name_map import Row, Table, from_foreign, joined, to_foreign
+from vora_jax.convert.names.rows import linear_rows, norm_rows
 from vora_jax.convert.names.tables.adapters import LAVIN_ADAPTERS
 from vora_jax.data.image import patchify
 from vora_jax.data.packing import Budgets, Picture, Text, layout, stack
@@ -50,14 +51,6 @@ ROTARY = Layout(lambda x: x.T.reshape(HEADS, 2, -1, len(x)).swapaxes(1, 2).resha
                 lambda shape: shape[::-1])
 
 
-def linear(ours, theirs):
-    return Row(f'{ours}/kernel', f'{theirs}.weight', TRANSPOSED), Row(f'{ours}/bias', f'{theirs}.bias', SAME)
-
-
-def norm(ours, theirs):
-    return Row(f'{ours}/scale', f'{theirs}.weight', SAME), Row(f'{ours}/bias', f'{theirs}.bias', SAME)
-
-
 def whole_model_table():
     """Meta's, OpenAI's and the adapters' names."""
     decoder, layer = 'decoder/layers/*/block/', 'layers.{layer}.'
@@ -77,12 +70,12 @@ def whole_model_table():
         Row(f'{encoder}patch_embed/cls', f'{visual}class_embedding', SAME),
         Row(f'{encoder}patch_embed/cls_position', f'{visual}positional_embedding', LEADING_1),
         Row(f'{encoder}patch_embed/positions', f'{visual}positional_embedding', TABLE),
-        *norm(f'{encoder}pre_norm', f'{visual}ln_pre'), *norm(f'{encoder}norm', f'{visual}ln_post'),
-        *norm(f'{block}attention_norm', f'{resblock}ln_1'), *norm(f'{block}mlp_norm', f'{resblock}ln_2'),
+        *norm_rows(f'{encoder}pre_norm', f'{visual}ln_pre'), *norm_rows(f'{encoder}norm', f'{visual}ln_post'),
+        *norm_rows(f'{block}attention_norm', f'{resblock}ln_1'), *norm_rows(f'{block}mlp_norm', f'{resblock}ln_2'),
         *(Row(f'{block}{x}_proj/{leaf}', f'{resblock}attn.in_proj_{name}', how)
           for leaf, name, how in (('kernel', 'weight', TRANSPOSED), ('bias', 'bias', SAME)) for x in 'qkv'),
-        *linear(f'{block}o_proj', f'{resblock}attn.out_proj'), *linear(f'{block}up_proj', f'{resblock}mlp.c_fc'),
-        *linear(f'{block}down_proj', f'{resblock}mlp.c_proj'),
+        *linear_rows(f'{block}o_proj', f'{resblock}attn.out_proj'), *linear_rows(f'{block}up_proj', f'{resblock}mlp.c_fc'),
+        *linear_rows(f'{block}down_proj', f'{resblock}mlp.c_proj'),
     ), ignored=((f'{visual}proj', 'features are taken before it'),))
     return joined(frozen, LAVIN_ADAPTERS)
 

@@ -3,7 +3,7 @@ import types
 
 import pytest
 import tiny_tokenizers as tiny
-from tiny_models import make_tokenizer
+from tiny_models import tokenizer_folders
 
 from vora_jax.convert.export.tokenizer_files import write_tokenizer_files
 from vora_jax.data.conversation import Image, render_prompt
@@ -24,14 +24,7 @@ KINDS = {'qwen': (*CHATML, *BARE), 'qwen_pair': ('vora', 'qwen2.5', 'image_first
 
 @pytest.fixture(scope='module')
 def folders(tmp_path_factory):
-    def new(name):
-        return tmp_path_factory.mktemp(name)
-
-    model, qwen = tiny.llama_model(new('model')), tiny.byte_level(new('qwen'))
-    return {'qwen': qwen, 'qwen_pair': tiny.pair(qwen, new('pair')), 'own': make_tokenizer(new('own')),
-            'llama3': tiny.byte_level(new('llama3'), tiny.LLAMA3_MARKERS),
-            'llama2': tiny.llama_json(model, new('llama2')), 'llama2_model': model,
-            'llama2_legacy': tiny.llama_json(model, new('llama2_legacy'), legacy=True)}
+    return tokenizer_folders(tmp_path_factory)
 
 
 def questions():

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import PIL.Image
+import tiny_tokenizers
 from tiny_methods import METHODS
 
 from vora_jax import variants
@@ -48,6 +49,18 @@ UNGATED = tuple(linear for linear in LINEARS if linear != 'gate_proj')
 def make_tokenizer(folder: pathlib.Path) -> str:
     train_sentencepiece(TEXTS, str(folder / 'tokenizer'), VOCAB)
     return str(folder / 'tokenizer')
+
+
+def tokenizer_folders(tmp_path_factory) -> dict:
+    """{kind: folder} of one tokenizer of each kind that can be exported."""
+    def new(name):
+        return tmp_path_factory.mktemp(name)
+
+    model, qwen = tiny_tokenizers.llama_model(new('model')), tiny_tokenizers.byte_level(new('qwen'))
+    return {'qwen': qwen, 'qwen_pair': tiny_tokenizers.pair(qwen, new('pair')), 'own': make_tokenizer(new('own')),
+            'llama3': tiny_tokenizers.byte_level(new('llama3'), tiny_tokenizers.LLAMA3_MARKERS),
+            'llama2': tiny_tokenizers.llama_json(model, new('llama2')), 'llama2_model': model,
+            'llama2_legacy': tiny_tokenizers.llama_json(model, new('llama2_legacy'), legacy=True)}
 
 
 @functools.cache

@@ -3,6 +3,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from vora_jax.cli import gin_config
@@ -15,13 +16,6 @@ from vora_jax.data.tokenizer import tokenizer_files
 from vora_jax.params import unflatten
 from vora_jax.training import checkpoint, init_from
 from vora_jax.types import UserError
-
-
-class _Shape:
-    """What `init_from.take` reads of a parameter."""
-
-    def __init__(self, shape: tuple[int, ...]):
-        self.shape = shape
 
 
 def import_adapters(source: pathlib.Path, to: str, files: Sequence[str], bindings: Sequence[str],
@@ -43,7 +37,7 @@ def import_adapters(source: pathlib.Path, to: str, files: Sequence[str], binding
     params = {path: array if dtype is None else array.astype(dtype) for path, array in given.params.items()}
     tokenizer = config.data.tokenizer if _is_tokenizer(config.data.tokenizer) else ''
     if bases:
-        shapes = {path: _Shape(shape) for path, shape in parameter_shapes(stage.model).items()}
+        shapes = {path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in parameter_shapes(stage.model).items()}
         params = init_from.take(bases, shapes) | params
         if missing := [path for path in shapes if path not in params]:
             raise UserError(f'--init-from {", ".join(bases)} and {source} leave {len(missing)} parameters without a value: '

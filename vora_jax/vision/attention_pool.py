@@ -12,7 +12,7 @@ from vora_jax.nn.block import BlockShape, activate
 from vora_jax.nn.norms import norm
 from vora_jax.nn.slots import SlotContext
 from vora_jax.ops.attention import attention
-from vora_jax.types import KeyRange
+from vora_jax.vision.packed import image_range
 
 # `attention`: a learned query attends to the image (AIMv2). `attention_mlp`: the query is projected first, and a block's
 # MLP follows (SigLIP).
@@ -31,10 +31,8 @@ class AttentionPool(nn.Module):
         """x: f[B, P, C] normed features of `patches`, each image's in one run."""
         shape, with_mlp = self.shape, self.kind == 'attention_mlp'
         rows, num_images = len(x), patches.grid.shape[1]
-        image = jnp.arange(num_images, dtype=jnp.int32)[None, :, None]
-        start = jnp.sum((patches.image_id[:, None] >= 0) & (patches.image_id[:, None] < image), -1, dtype=jnp.int32)
-        stop = start + jnp.sum(patches.image_id[:, None] == image, -1, dtype=jnp.int32)
-        context = SlotContext(KeyRange(start, stop))
+        start, stop = places = image_range(patches)
+        context = SlotContext(places)
 
         def linear(name, features, axes=('embed', 'heads'), use_bias=with_mlp):
             dense = AdaptedDense(features, axes, use_bias=use_bias, name=name)

@@ -12,7 +12,8 @@ from vora_jax.nn.adapted_dense import AdaptedDense
 from vora_jax.nn.norms import LayerNorm
 from vora_jax.nn.slots import SlotContext
 from vora_jax.ops.deformable import deformable_sample
-from vora_jax.types import KeyRange, UserError
+from vora_jax.types import UserError
+from vora_jax.vision.packed import patch_grid
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +55,7 @@ class CueEnhancerModule(nn.Module):
         def linear(name, x, features, kernel_init=nn.initializers.zeros, bias_init=nn.initializers.zeros):
             dense = AdaptedDense(features, ('vision', None), use_bias=True, kernel_init=kernel_init, bias_init=bias_init,
                                  name=name)
-            return dense(x, SlotContext(KeyRange(patches.key_start, patches.key_stop)))
+            return dense(x, SlotContext(patches.key_range))
 
         query = LayerNorm(config.norm_eps, axis='vision', name='norm_query')(anchor)
         values = LayerNorm(config.norm_eps, axis='vision', name='norm_levels')(jnp.concatenate(levels, axis=1))
@@ -67,8 +68,7 @@ class CueEnhancerModule(nn.Module):
         weights = linear('weight_proj', query, math.prod(shape[2:])).reshape(*shape[:3], -1)
         weights = nn.softmax(weights, axis=-1).reshape(shape)
 
-        image = jnp.maximum(patches.image_id, 0)
-        grid = jnp.take_along_axis(patches.grid, image[..., None], axis=1)
+        grid = patch_grid(patches)
         start = patches.key_stop - grid[..., 0] * grid[..., 1]  # behind the [cls] slot, where there is one
         col, row = (place.astype(jnp.float32)[..., None, None, None] for place in (patches.col, patches.row))
         cues = deformable_sample(values, start, grid, col + offsets[..., 0], row + offsets[..., 1], weights)

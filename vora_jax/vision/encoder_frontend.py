@@ -14,6 +14,7 @@ from vora_jax.nn.slots import SlotContext
 from vora_jax.ops.attention import attention
 from vora_jax.types import Array, UserError
 from vora_jax.vision.cue_enhancer import CueEnhancer, CueEnhancerModule
+from vora_jax.vision.packed import image_range
 from vora_jax.vision.patch_embed import PatchEmbed
 from vora_jax.vision.pooling import window_means
 from vora_jax.vision.vit import VisionTransformer, Vit
@@ -106,7 +107,9 @@ class EncoderFrontendModule(nn.Module):
         blocks = encoder(patches, adapters_on).blocks
         levels = [blocks[tap] for tap in config.taps]
         if config.select == 'cls':
-            levels = [jnp.take_along_axis(level, cls_places(patches)[..., None], axis=1) for level in levels]
+            # An image that is not there takes any place.
+            cls = jnp.minimum(image_range(patches).start, patches.image_id.shape[1] - 1)
+            levels = [jnp.take_along_axis(level, cls[..., None], axis=1) for level in levels]
         if isinstance(config.fusion, CueEnhancer):
             x = CueEnhancerModule(config.fusion, name='enhancer')(levels, patches)
         else:
@@ -122,10 +125,3 @@ class EncoderFrontendModule(nn.Module):
             dense = AdaptedDense(width, ('embed', None), use_bias=projector.bias, name=f'projector_{layer}')
             x = dense(x, SlotContext(patches.key_range))
         return x
-
-
-def cls_places(patches: Patches) -> jax.Array:
-    """i32[B, M]: where each image's places begin, its [cls] slot; any place for images that are not there."""
-    image = jnp.arange(patches.grid.shape[1], dtype=jnp.int32)[None, :, None]
-    before = (patches.image_id[:, None] >= 0) & (patches.image_id[:, None] < image)
-    return jnp.minimum(jnp.sum(before, -1, dtype=jnp.int32), patches.image_id.shape[1] - 1)

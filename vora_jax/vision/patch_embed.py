@@ -10,6 +10,7 @@ from vora_jax.batch import Patches
 from vora_jax.nn.norms import RMSNorm
 from vora_jax.ops.patches import Sampling, sample_position_table, sincos_positions
 from vora_jax.types import UserError
+from vora_jax.vision.packed import patch_grid
 
 # Mean and standard deviation of CLIP's training images, per channel of values in [0, 1]; AIMv2 uses them too.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -84,8 +85,7 @@ class PatchEmbedding(nn.Module):
         table = self.param('positions',
                            nn.with_logical_partitioning(nn.initializers.normal(0.02), (None, None, 'vision')),
                            (config.table_rows, config.table_cols, config.width), jnp.float32)
-        grid = jnp.take_along_axis(patches.grid, jnp.maximum(patches.image_id, 0)[..., None], axis=1)
-        return sample_position_table(table, patches.row, patches.col, grid, config.positions)
+        return sample_position_table(table, patches.row, patches.col, patch_grid(patches), config.positions)
 
     def vector(self, name: str, init) -> jax.Array:
         """f[1, 1, C]: the parameter of this name in the compute dtype."""

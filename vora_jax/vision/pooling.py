@@ -4,6 +4,7 @@ import jax.numpy as jnp
 
 from vora_jax.batch import Patches
 from vora_jax.ops.take_slots import take_slots
+from vora_jax.vision.packed import patch_grid
 
 
 def window_means(x: jax.Array, patches: Patches, side: int) -> jax.Array:
@@ -17,8 +18,7 @@ def window_means(x: jax.Array, patches: Patches, side: int) -> jax.Array:
     Example: side 2 on 2 x 3 patches    a b c    gives    (a+b+d+e)/4  (b+c+e+f)/4  (c+f)/2
                                         d e f             (d+e)/2      (e+f)/2      f
     """
-    image = jnp.maximum(patches.image_id, 0)
-    grid = jnp.take_along_axis(patches.grid, image[..., None], axis=1)
+    grid = patch_grid(patches)
     rows, cols = grid[..., 0], grid[..., 1]
     row, col = (place.astype(jnp.int32) for place in (patches.row, patches.col))
     wide = x.astype(jnp.float32)

@@ -75,13 +75,14 @@ def training_config(what: Adapted, dtype: str, base: str) -> dict[str, dict[str,
         return {}
     vision, embed = what.model.vision, what.model.vision.patch_embed
     text = llm_to_config(what.model.llm, dtype)
-    taps = [tap if tap < 0 else tap - vision.encoder.num_layers for tap in vision.taps]
+    tap, = vision.taps  # more are refused
+    tap = tap if tap < 0 else tap - vision.encoder.num_layers
     size = vision.encoder.num_layers, vision.encoder.width, embed.patch_size, embed.table_rows
     return {'config.json': text | {
         'architectures': ['LlavaLlamaForCausalLM'], 'model_type': 'llava_llama', '_name_or_path': base,
-        'mm_vision_tower': _TOWERS.get(size, ''), 'mm_hidden_size': vision.encoder.width * len(taps),
+        'mm_vision_tower': _TOWERS.get(size, ''), 'mm_hidden_size': vision.encoder.width,
         'mm_projector_type': f'mlp{vision.projector.num_layers}x_gelu' if vision.projector.num_layers > 1 else 'linear',
-        'mm_vision_select_layer': taps[0], 'mm_vision_select_feature': 'patch', 'use_mm_proj': True,
+        'mm_vision_select_layer': tap, 'mm_vision_select_feature': 'patch', 'use_mm_proj': True,
         'mm_use_im_start_end': False, 'mm_use_im_patch_token': False}}
 
 

@@ -1,5 +1,4 @@
 """Adapters in the files of the papers' code."""
-import json
 import math
 import pathlib
 import time
@@ -25,7 +24,7 @@ from vora_jax.convert.export.foreign_stream import stream, tensor_infos
 from vora_jax.convert.export.layouts import ADAPTERS
 from vora_jax.convert.export.model_card import CONFIG_FILE
 from vora_jax.convert.export.plan import Part, Provenance
-from vora_jax.convert.export.to_hf import DTYPES, RECORD, Exported, is_export
+from vora_jax.convert.export.to_hf import DTYPES, RECORD, Exported, is_export, write_texts
 from vora_jax.convert.files.new_folder import new_folder
 from vora_jax.convert.files.safetensors_files import write_shards
 from vora_jax.convert.names.name_map import Table, check, prefixed
@@ -92,9 +91,7 @@ def export_adapters(params: Params, method: Method, stage: str, folder: str, *, 
         texts |= {CONFIG_FILE: provenance.config_text} if provenance.config_text else {}
         texts[RECORD] = {'layout': ADAPTERS, 'merged': False, 'dtype': dtype, 'base': base, 'image_token_id': None,
                          'method': what.method, 'trainable': list(what.trainable)}
-        for name, text in texts.items():
-            text = text if isinstance(text, str) else json.dumps(text, indent=2, ensure_ascii=False) + '\n'
-            (partial / name).write_text(text, encoding='utf-8')
+        write_texts(partial, texts)
     return Exported(ADAPTERS, dtype, False, len(sizes), sum(sizes), sum(sizes) * np.dtype(infos[0][1]).itemsize,
                     (), tuple(notes), None, {'weights': round(time.perf_counter() - started, 3)})
 

@@ -10,7 +10,7 @@ import numpy as np
 from vora_jax.batch import Batch, Patches
 from vora_jax.convert.export.lazy_arrays import Computed, FoldedKernel
 from vora_jax.convert.names.name_map import Shapes, check
-from vora_jax.merge import fold_adapters, low_rank, raise_if_unfoldable
+from vora_jax.merge import fold_adapters, has_low_rank, raise_if_unfoldable
 from vora_jax.model import VisionLanguageModel
 from vora_jax.params import flatten
 from vora_jax.types import TEXT, Array, Params, UserError
@@ -42,7 +42,7 @@ class Exportable(NamedTuple):
     def is_merged(self) -> bool:
         """No adapters but kernels of their own, which stay."""
         return not self.has_adapters or not any(
-            low_rank(group) or group.mixtures or group.prompts for group in self.model.groups)
+            has_low_rank(group) or group.mixtures or group.prompts for group in self.model.groups)
 
     @property
     def dtype(self) -> str:
@@ -86,7 +86,7 @@ def folded(what: Exportable) -> Exportable:
     """
     for group in what.model.groups:
         raise_if_unfoldable(group)
-    if not any(map(low_rank, what.model.groups)):
+    if not any(map(has_low_rank, what.model.groups)):
         return what
     params, groups = fold_adapters(what.params, what.model.groups, FoldedKernel)
     shapes = {path: tuple(leaf.shape) for path, leaf in params.items()}

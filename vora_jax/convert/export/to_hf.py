@@ -116,7 +116,7 @@ def export(params: Params, model: Any, prompting: Prompting, folder: str, *, rul
         card = model_card(plan, layout, merged, provenance, what.dropped, report)
         texts = {'README.md': card} | ({CONFIG_FILE: provenance.config_text} if provenance.config_text else {})
         record = {'layout': layout, 'merged': merged, 'dtype': dtype, 'base': base, 'image_token_id': request.image_token_id}
-        _write(partial, texts | {RECORD: record})
+        write_texts(partial, texts | {RECORD: record})
     clock('finish')
     return Exported(layout, dtype, merged, *counts, what.dropped, plan.notes, report, clock.seconds)
 
@@ -178,13 +178,14 @@ def _write_tokenizer(request: Request, layout: str, template: str, folder: pathl
 
 
 def _write_files(part: Part, folder: pathlib.Path) -> None:
-    _write(folder, part.files)
+    write_texts(folder, part.files)
     if part.ships_code:
         for file in TORCH_MODEL.glob('*_vora_jax.py'):
             shutil.copyfile(file, folder / file.name)
 
 
-def _write(folder: pathlib.Path, files: dict[str, Any]) -> None:
+def write_texts(folder: pathlib.Path, files: dict[str, Any]) -> None:
+    """Writes {file name: text, or JSON content}."""
     for name, content in files.items():
         text = content if isinstance(content, str) else json.dumps(content, indent=2, ensure_ascii=False) + '\n'
         (folder / name).write_text(text, encoding='utf-8')

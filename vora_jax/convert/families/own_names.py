@@ -1,6 +1,7 @@
 """The names of tensors in our exports."""
 from vora_jax.convert.names.layouts import BATCHED_TABLE, CONVOLUTION, SAME, TRANSPOSED
 from vora_jax.convert.names.name_map import Row, Table, joined
+from vora_jax.convert.names.rows import linear_rows, norm_rows
 from vora_jax.convert.names.tables.decoder import BLOCK, DECODER, LAYER, LINEAR_NAMES
 
 MAX_PROJECTOR_LAYERS = MAX_EXPERTS = 8
@@ -18,21 +19,13 @@ def _patch_embed_rows(ours: str, theirs: str) -> tuple[Row, ...]:
     )
 
 
-def _norm_rows(ours: str, theirs: str) -> tuple[Row, ...]:
-    return Row(f'{ours}/scale', f'{theirs}.weight', SAME), Row(f'{ours}/bias', f'{theirs}.bias', SAME)
-
-
-def _linear_rows(ours: str, theirs: str) -> tuple[Row, ...]:
-    return Row(f'{ours}/kernel', f'{theirs}.weight', TRANSPOSED), Row(f'{ours}/bias', f'{theirs}.bias', SAME)
-
-
 def _adapter_rows(ours: str, theirs: str) -> tuple[Row, ...]:
     """Of one linear: low-rank products as PEFT names them, and kernels for one modality."""
     return (
         *(Row(f'{ours}/adapter_#/{part}', f'{theirs}.lora_{name}.#.weight', TRANSPOSED)
           for part, name in (('a', 'A'), ('b', 'B'), ('task', 'T'))),
-        *_norm_rows(f'{ours}/adapter_#/norm', f'{theirs}.lora_layer_norm.#'),
-        *_linear_rows(f'{ours}/adapter_#', f'{theirs}.modality_proj.#'),
+        *norm_rows(f'{ours}/adapter_#/norm', f'{theirs}.lora_layer_norm.#'),
+        *linear_rows(f'{ours}/adapter_#', f'{theirs}.modality_proj.#'),
     )
 
 
@@ -59,24 +52,24 @@ def _encoder_rows(ours: str, theirs: str) -> tuple[Row, ...]:
     pool = ('q_proj', 'k_proj', 'v_proj', 'o_proj', 'up_proj', 'down_proj')
     return (
         *_patch_embed_rows(f'{ours}patch_embed/', f'{theirs}embeddings.'),
-        *_norm_rows(f'{ours}pre_norm', f'{theirs}pre_norm'),
-        *_norm_rows(f'{block}attention_norm', f'{layer}input_layernorm'),
-        *(row for linear, name in LINEAR_NAMES.items() for row in _linear_rows(block + linear, layer + name)),
-        *_norm_rows(f'{block}mlp_norm', f'{layer}post_attention_layernorm'),
+        *norm_rows(f'{ours}pre_norm', f'{theirs}pre_norm'),
+        *norm_rows(f'{block}attention_norm', f'{layer}input_layernorm'),
+        *(row for linear, name in LINEAR_NAMES.items() for row in linear_rows(block + linear, layer + name)),
+        *norm_rows(f'{block}mlp_norm', f'{layer}post_attention_layernorm'),
         *(Row(block + scale, layer + scale, SAME) for scale in ('attention_scale', 'mlp_scale')),
         *_mixture_rows(block, layer),
-        *_norm_rows(f'{ours}norm', f'{theirs}norm'),
+        *norm_rows(f'{ours}norm', f'{theirs}norm'),
         Row(f'{ours}pool/probe', f'{theirs}pool.probe', SAME),
-        *(row for linear in pool for row in _linear_rows(f'{ours}pool/{linear}', f'{theirs}pool.{linear}')),
-        *_norm_rows(f'{ours}pool/mlp_norm', f'{theirs}pool.mlp_norm'),
+        *(row for linear in pool for row in linear_rows(f'{ours}pool/{linear}', f'{theirs}pool.{linear}')),
+        *norm_rows(f'{ours}pool/mlp_norm', f'{theirs}pool.mlp_norm'),
     )
 
 
 def _enhancer_rows(ours: str, theirs: str) -> tuple[Row, ...]:
     return (
-        *(row for norm in ('norm_query', 'norm_levels', 'norm_out') for row in _norm_rows(ours + norm, theirs + norm)),
+        *(row for norm in ('norm_query', 'norm_levels', 'norm_out') for row in norm_rows(ours + norm, theirs + norm)),
         *(row for linear in ('value_proj', 'offset_proj', 'weight_proj', 'out_proj')
-          for row in _linear_rows(ours + linear, theirs + linear)),
+          for row in linear_rows(ours + linear, theirs + linear)),
     )
 
 
@@ -91,5 +84,5 @@ OWN = joined(DECODER, Table(rows=(
     *_encoder_rows('frontend/encoder/', 'vision_tower.'),
     *_enhancer_rows('frontend/enhancer/', 'enhancer.'),
     *(row for layer in range(MAX_PROJECTOR_LAYERS)
-      for row in _linear_rows(f'frontend/projector_{layer}', f'projector.{layer}')),
+      for row in linear_rows(f'frontend/projector_{layer}', f'projector.{layer}')),
 )))

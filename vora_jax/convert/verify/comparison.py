@@ -25,7 +25,7 @@ from vora_jax.convert.verify.torch_side import (
     open_tokenizer,
     open_torch,
 )
-from vora_jax.merge import low_rank
+from vora_jax.merge import has_low_rank
 from vora_jax.method import VisionTokenRule
 from vora_jax.params import unflatten
 from vora_jax.types import Params, UserError
@@ -111,7 +111,7 @@ def load_folder(folder: str) -> tuple[Any, Any]:
 
 
 def _has_adapters(model: Any) -> bool:
-    return any(map(low_rank, getattr(model, 'groups', ())))
+    return any(map(has_low_rank, getattr(model, 'groups', ())))
 
 
 def _reads_other_rows(model: Any) -> bool:

@@ -5,18 +5,11 @@ They hold what a method trained and nothing else. Prefixes that wrappers put bef
 """
 from vora_jax.convert.names.layouts import GROUPED_POINTWISE, POINTWISE, SAME, TRANSPOSED
 from vora_jax.convert.names.name_map import Row, Table, joined
+from vora_jax.convert.names.rows import linear_rows, norm_rows
 from vora_jax.convert.names.tables.decoder import BLOCK, LAYER, LINEAR_NAMES
 
 _IMAGE_BLOCK, _IMAGE_LAYER = 'frontend/encoder/blocks/*/block/', 'backbone.visual.transformer.resblocks.{layer}.'
 _MOST_LAYERS = 4  # of a projector
-
-
-def _linear(path: str, name: str) -> tuple[Row, Row]:
-    return Row(f'{path}/kernel', f'{name}.weight', TRANSPOSED), Row(f'{path}/bias', f'{name}.bias', SAME)
-
-
-def _norm(path: str, name: str) -> tuple[Row, Row]:
-    return Row(f'{path}/scale', f'{name}.weight', SAME), Row(f'{path}/bias', f'{name}.bias', SAME)
 
 
 def _mixture(path: str, name: str) -> tuple[Row, ...]:
@@ -34,8 +27,8 @@ LAVIN_ADAPTERS = Table(
         *(row for ours, theirs in (('adapter_attention', 'adapter_attn'), ('adapter_mlp', 'adapter_mlp'))
           for block, layer in ((BLOCK, 'layers.{layer}.'), (_IMAGE_BLOCK, _IMAGE_LAYER))
           for row in _mixture(block + ours, layer + theirs)),
-        *_linear('frontend/projector_0', 'adapter_proj.conv_A'),
-        *_linear('frontend/projector_1', 'adapter_proj.conv_B'),
+        *linear_rows('frontend/projector_0', 'adapter_proj.conv_A'),
+        *linear_rows('frontend/projector_1', 'adapter_proj.conv_B'),
         Row('modality_embedding', 'adapter_modality_embedding.weight', SAME),
     ),
     renames=((r'module\.', ''),),
@@ -45,7 +38,7 @@ LAVIN_ADAPTERS = Table(
 def _projector(num_layers: int, module: str) -> Table:
     """A linear, or a torch Sequential of linears with an activation after each but the last."""
     names = [module] if num_layers == 1 else [f'{module}.{2 * layer}' for layer in range(_MOST_LAYERS)]
-    rows = tuple(row for layer, name in enumerate(names) for row in _linear(f'frontend/projector_{layer}', name))
+    rows = tuple(row for layer, name in enumerate(names) for row in linear_rows(f'frontend/projector_{layer}', name))
     return Table(rows, renames=(
         (r'(?:module\.)?(?:base_model\.model\.)?(?:model\.)?(?=layers\.|mm_projector\.)', 'model.'),))
 
@@ -65,15 +58,15 @@ _DUAL_LORA = Table(
     rows=tuple(row for linear, module in LINEAR_NAMES.items() for row in (
         Row(f'{BLOCK}{linear}/adapter_0/a', f'{LAYER}{module}.lora_A0.weight', TRANSPOSED),
         Row(f'{BLOCK}{linear}/adapter_0/task', f'{LAYER}{module}.lora_T.weight', TRANSPOSED),
-        *_norm(f'{BLOCK}{linear}/adapter_0/norm', f'{LAYER}{module}.lora_layer_norm'),
+        *norm_rows(f'{BLOCK}{linear}/adapter_0/norm', f'{LAYER}{module}.lora_layer_norm'),
         Row(f'{BLOCK}{linear}/adapter_0/b', f'{LAYER}{module}.lora_B0.weight', TRANSPOSED))))
 _VCE = Table(
     rows=(
         *(row for ours, theirs in (('norm_query', 'query_norm'), ('norm_levels', 'feat_norm'), ('norm_out', 'norm'))
-          for row in _norm(f'frontend/enhancer/{ours}', _CUES + theirs)),
+          for row in norm_rows(f'frontend/enhancer/{ours}', _CUES + theirs)),
         *(row for ours, theirs in (('value_proj', 'value_proj'), ('offset_proj', 'sampling_offsets'),
                                    ('weight_proj', 'attention_weights'), ('out_proj', 'output_proj'))
-          for row in _linear(f'frontend/enhancer/{ours}', f'{_CUES}cross_attn.{theirs}')),
+          for row in linear_rows(f'frontend/enhancer/{ours}', f'{_CUES}cross_attn.{theirs}')),
     ),
     ignored=((f'{_CUES}norm.*', 'that code computes this norm and drops it, and CueEnhancer.final_norm is off here too'),),
 )

@@ -1,6 +1,7 @@
 """Names of LLaVA and VoRA checkpoints."""
 from vora_jax.convert.names.layouts import BATCHED_TABLE, CONVOLUTION, SAME, TRANSPOSED
 from vora_jax.convert.names.name_map import Row, Table, joined, prefixed
+from vora_jax.convert.names.rows import linear_rows
 from vora_jax.convert.names.tables.decoder import BLOCK, DECODER, LAYER, LINEAR_NAMES
 from vora_jax.convert.names.tables.encoders import AIMV2_ORIGINAL, CLIP
 
@@ -8,9 +9,8 @@ from vora_jax.convert.names.tables.encoders import AIMV2_ORIGINAL, CLIP
 def llava_table(vision: Table) -> Table:
     """Hugging Face's LLaVA-1.5 around a vision tower of this table; the names of transformers 4.x and 5.x."""
     projector = Table(
-        rows=tuple(Row(f'frontend/projector_{layer}/{ours}', f'multi_modal_projector.linear_{layer + 1}.{theirs}', layout)
-                   for layer in range(2) for ours, theirs, layout in (('kernel', 'weight', TRANSPOSED),
-                                                                      ('bias', 'bias', SAME))),
+        rows=tuple(row for layer in range(2)
+                   for row in linear_rows(f'frontend/projector_{layer}', f'multi_modal_projector.linear_{layer + 1}')),
         renames=((r'model\.language_model\.', 'language_model.model.'), (r'lm_head\.', 'language_model.lm_head.'),
                  (r'model\.(?=vision_tower\.|multi_modal_projector\.)', '')))
     return joined(projector, prefixed(DECODER, '', 'language_model.'),
