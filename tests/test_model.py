@@ -13,8 +13,8 @@ from vora_jax import variants
 from vora_jax.batch import Batch, Patches
 from vora_jax.data.packing import Budgets, Picture, Text, layout, stack
 from vora_jax.nn.slots import SlotContext, vision_slots
-from vora_jax.ops.attention import attention
-from vora_jax.ops.blocked_attention import blocked_attention
+from vora_jax.ops import blocked_attention
+from vora_jax.ops.attention import Kernels, attention
 from vora_jax.params import flatten, regroup, unflatten
 from vora_jax.types import VISION
 
@@ -125,7 +125,9 @@ def test_a_vision_scope_leaves_rows_without_pictures_to_the_frozen_language_mode
 
 
 def small_blocks(q, k, v, key_range):
-    return blocked_attention(q, k, v, *key_range, 8, 16)
+    forward, backward = (functools.partial(way, query_block=8, key_block=16)
+                         for way in (blocked_attention.forward, blocked_attention.backward))
+    return attention(q, k, v, key_range, implementation=Kernels(forward, backward, blocked_attention.refuses))
 
 
 def dependencies(model, params, batch):

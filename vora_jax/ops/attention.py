@@ -1,60 +1,142 @@
-"""Attention over key ranges: the only switch."""
-from typing import Literal
+"""Attention over key ranges: the only switch.
+
+Query t of a row sees the keys `start[t] <= s < stop[t]`. A packed row of two samples, "a [img img] b" and
+"[img img] [img img] c":
+
+    query   start stop   keys 0 1 2 3 4 5 6 7 8
+    a         0    1          x . . . . . . . .
+    img       0    3          x x x . . . . . .
+    img       0    3          x x x . . . . . .
+    b         0    4          x x x x . . . . .
+    img       4    6          . . . . x x . . .
+    img       4    6          . . . . x x . . .
+    img       4    8          . . . . x x x x .
+    img       4    8          . . . . x x x x .
+    c         4    9          . . . . x x x x x
+
+In tiles of 3 queries x 3 keys that is `/ . .`, `/ / .`, `. / /` (`.` empty, `/` partial, `#` full; longer rows have full
+ones): implementations visit no empty tile and mask no full one. Masks are data: one compilation serves any of a shape.
+
+To add an implementation: a module with `forward`, `backward` and `refuses` (see `Kernels`), a line in `kernels`, and a
+line in IMPLEMENTATIONS of tests/ops/test_attention.py, which holds it to float64.
+"""
+import functools
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from vora_jax.ops.blocked_attention import blocked_attention
-from vora_jax.ops.key_range import dense_mask
 from vora_jax.types import KeyRange
 
-Implementation = Literal['auto', 'reference', 'xla']
+Implementation = Literal['auto', 'reference', 'xla', 'pallas_tpu', 'pallas_gpu']
 
-# Below this many keys one dense tile is cheaper than the bookkeeping of blocks (measured on 2 CPU cores).
+# Up to so many keys, one dense tile is cheaper than the bookkeeping of blocks (measured on 2 CPU cores).
 MAX_DENSE_KEYS = 256
+# Fewer queries (decoding) would leave most of an accelerator's tile empty.
+MIN_TILE_QUERIES = 16
 
 
-def attention(q, k, v, key_range: KeyRange, *, implementation: Implementation = 'auto'):
+class Kernels(NamedTuple):
+    """An implementation. Gradients are written out, so that shards can share one log-sum-exp (`ops.ring_attention`).
+
+    forward: (q, k, v, key_range, soft_cap) -> (out f[B, T, N, H] in q's dtype, log_sum f32[B, N, T]), the log of the sum
+        of exponentials of a query's scores; MASKED where it sees nothing, and out is 0.
+    backward: (q, k, v, key_range, log_sum, delta, d_out, soft_cap) -> (d_q, d_k, d_v) in the dtypes of q, k and v, where
+        delta f32[B, N, T] is `sum(d_out * out)` over H. A query that sees nothing adds nothing to any of them.
+    refuses: (q, k, v) -> why these shapes and dtypes cannot be served, '' where they can.
+    """
+
+    forward: Callable
+    backward: Callable
+    refuses: Callable
+
+
+class Choice(NamedTuple):
+    """The implementation that `auto` takes, and why."""
+
+    implementation: Implementation
+    reason: str
+
+
+def attention(q, k, v, key_range: KeyRange, *, implementation: Implementation | Kernels = 'auto',
+              soft_cap: float | None = None):
     """f[B, T, N, H]: softmax attention in which query t sees the keys `key_range.start[t] <= s < key_range.stop[t]`.
 
     Args:
-        q: f[B, T, N, H] queries, unscaled; the scale is `H ** -0.5`.
+        q: f[B, T, N, H] queries, unscaled; the scale is `H ** -0.5`. T and S may differ.
         k, v: f[B, S, K, H] keys and values; N is a multiple of K and each group of N / K query heads shares one.
-        key_range: i32[B, T] twice. A query with an empty range gives 0 and has zero gradients.
-        implementation: `reference` (dense mask), `xla` (blocked, online softmax, never `[T, S]` for all blocks), or
-            `auto`: dense for at most MAX_DENSE_KEYS keys, else `xla`.
+        key_range: i32[B, T] twice, within [0, S]. A query with an empty range gives 0 and has zero gradients.
+        implementation: `reference` (dense), `xla` (blocked, never `[T, S]` for all blocks), `pallas_tpu` and `pallas_gpu`
+            (tiles in one kernel), `auto`: what `choose` says for the platform and the shape, or `Kernels` of one's own.
+        soft_cap: bounds scores, `cap * tanh(score / cap)` (Gemma 2); None: no bound.
 
     Raises:
-        ValueError: an unknown implementation, or heads that do not divide.
+        ValueError: an unknown implementation, heads that do not divide, or a request that it cannot serve.
     """
     if q.shape[2] % k.shape[2]:
         raise ValueError(f'attention: {q.shape[2]} query heads cannot share {k.shape[2]} key/value heads evenly.')
     if implementation == 'auto':
-        implementation = 'reference' if k.shape[1] <= MAX_DENSE_KEYS else 'xla'
+        implementation = choose(q, k, v).implementation
+    reason = kernels(implementation).refuses(q, k, v)
+    if reason:
+        raise ValueError(f'attention: {implementation} cannot serve this: {reason}. Choose auto or xla.')
+    return _attention(q, k, v, key_range, implementation, soft_cap)
+
+
+def choose(q, k, v, platform: str | None = None) -> Choice:
+    """What `auto` takes for arrays (or `jax.ShapeDtypeStruct`s) of these shapes; platform: JAX's default if None."""
+    platform = jax.default_backend() if platform is None else platform
+    if k.shape[1] <= MAX_DENSE_KEYS:
+        return Choice('reference', f'{k.shape[1]} keys are one tile')
+    kernel = {'tpu': 'pallas_tpu', 'gpu': 'pallas_gpu', 'cuda': 'pallas_gpu'}.get(platform)
+    if kernel is None:
+        return Choice('xla', f'{platform} has no kernel of its own')
+    if q.shape[1] < MIN_TILE_QUERIES:
+        return Choice('reference', f'{q.shape[1]} queries do not fill a tile')
+    reason = kernels(kernel).refuses(q, k, v)
+    return Choice('xla', f'{kernel} cannot: {reason}') if reason else Choice(kernel, platform)
+
+
+def kernels(implementation: Implementation | Kernels) -> Kernels:
+    """The functions of an implementation. Pallas is imported for those that need it: it takes a second."""
+    if isinstance(implementation, Kernels):
+        return implementation
     if implementation == 'reference':
-        return reference_attention(q, k, v, key_range)
-    if implementation == 'xla':
-        return blocked_attention(q, k, v, key_range.start, key_range.stop)
-    raise ValueError(f'attention: no implementation {implementation!r}; choose auto, reference or xla.')
+        from vora_jax.ops import reference_attention as module
+    elif implementation == 'xla':
+        from vora_jax.ops import blocked_attention as module
+    elif implementation == 'pallas_tpu':
+        from vora_jax.ops import range_attention_tpu as module
+    elif implementation == 'pallas_gpu':
+        from vora_jax.ops import range_attention_gpu as module
+    else:
+        raise ValueError(f'attention: no implementation {implementation!r}; choose auto, reference, xla, pallas_tpu or '
+                         'pallas_gpu.')
+    return Kernels(module.forward, module.backward, module.refuses)
 
 
-def reference_attention(q, k, v, key_range: KeyRange):
-    """The definition of `attention`, with a dense mask; scores and softmax in f32 (f64 for f64 inputs)."""
-    batch, num_queries, num_heads, head_dim = q.shape
-    num_kv_heads, num_keys = k.shape[2], k.shape[1]
-    dtype = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
-    # Heads first and a group's queries as rows, [B, K, G * T, H]: plain batched matmuls, which CPUs run twice as fast.
-    grouped = q.reshape(batch, num_queries, num_kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)
-    rows = grouped.reshape(batch, num_kv_heads, -1, head_dim)
-    keys, values = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
-    scores = jnp.matmul(rows, keys, preferred_element_type=dtype) * (head_dim**-0.5)
-    scores = scores.reshape(batch, num_kv_heads, -1, num_queries, num_keys)
-    scores = jnp.where(dense_mask(key_range, num_keys)[:, None, None], scores, -jnp.inf)
-    # An empty range has no maximum: 0 keeps exp(-inf) = 0 and the sum guards the division.
-    peak = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
-    weights = jnp.exp(scores - jnp.where(jnp.isfinite(peak), peak, 0.0))
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    weights = (weights / jnp.where(total > 0, total, 1.0)).astype(v.dtype)
-    out = jnp.matmul(weights.reshape(batch, num_kv_heads, -1, num_keys), values, preferred_element_type=dtype)
-    out = out.reshape(grouped.shape).transpose(0, 3, 1, 2, 4)
-    return out.reshape(q.shape).astype(q.dtype)
+def softmax_delta(out, d_out):
+    """f32[B, N, T]: `sum(d_out * out)` over H, the softmax's own term of the backward pass."""
+    dtype = jnp.float64 if out.dtype == jnp.float64 else jnp.float32
+    return jnp.sum(d_out.astype(dtype) * out.astype(dtype), axis=-1).swapaxes(1, 2)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _attention(q, k, v, key_range, implementation, soft_cap):
+    return kernels(implementation).forward(q, k, v, key_range, soft_cap)[0]
+
+
+def _forward(q, k, v, key_range, implementation, soft_cap):
+    out, log_sum = kernels(implementation).forward(q, k, v, key_range, soft_cap)
+    return out, (q, k, v, key_range, out, log_sum)
+
+
+def _backward(implementation, soft_cap, residuals, d_out):
+    q, k, v, key_range, out, log_sum = residuals
+    delta = softmax_delta(out, d_out)
+    gradients = kernels(implementation).backward(q, k, v, key_range, log_sum, delta, d_out, soft_cap)
+    return *gradients, KeyRange(None, None)
+
+
+_attention.defvjp(_forward, _backward)

@@ -4,6 +4,10 @@ import jax.numpy as jnp
 
 from vora_jax.types import KeyRange
 
+# Score of a key that a query does not see, and log-sum-exp of a query that sees none. Finite: exp(MASKED - MASKED) must
+# not be NaN.
+MASKED = -1e30
+
 
 def dense_mask(key_range: KeyRange, num_keys: int) -> jax.Array:
     """bool[B, T, S]: True where query t sees key s, i.e. `start[t] <= s < stop[t]`. Only references build it."""

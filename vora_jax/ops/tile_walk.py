@@ -1,0 +1,80 @@
+"""The tiles of a masked score matrix to visit.
+
+Made on the device from the key ranges, so that masks stay data: a kernel's grid is as long as the walk, and what is not on
+it costs neither a step nor a load. Queries `[0, 4)` see keys `[0, q + 1)`, queries `[4, 8)` an image's keys `[4, 8)`; in
+tiles of 4 queries x 2 keys:
+
+    keys      01 23 45 67
+    queries 0  /  /  .  .        walk by query: (0,0) first, (0,1) last, (1,2) first full, (1,3) last full
+    queries 1  .  .  #  #        walk by key:   (0,0) first last, (0,1) first last, (1,2) first last full, ...
+"""
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from vora_jax.types import KeyRange
+
+# What a visit does, as bits of its word: begin or end the sums of its query tile (key tile when walking by key), run the
+# products, run them without a mask.
+FIRST, LAST, RUN, FULL = 1, 2, 4, 8
+FLAG_BITS = 4
+
+
+class Tile(NamedTuple):
+    """Sides of a tile: query slots and key slots."""
+
+    queries: int
+    keys: int
+
+
+class TileWalk(NamedTuple):
+    """words: i32[B * query tiles * key tiles], the first `length` of them visits in order; `unpack` reads one.
+    length: i32[]."""
+
+    words: jax.Array
+    length: jax.Array
+
+
+def tile_map(key_range: KeyRange, num_keys: int, tile: Tile) -> tuple[jax.Array, jax.Array]:
+    """(any, all): bool[B, query tiles, key tiles]: some, and every, query of the tile sees some, and every, key of it.
+
+    T and S must be multiples of the tile's sides. XLA fuses the comparisons: nothing larger than the result is stored.
+    """
+    batch, num_queries = key_range.start.shape
+    shape = (batch, num_queries // tile.queries, 1, tile.queries)
+    start, stop = (x.reshape(shape) for x in key_range)
+    left = jnp.arange(num_keys // tile.keys, dtype=jnp.int32)[None, None, :, None] * tile.keys
+    right = left + tile.keys
+    some = (start < right) & (stop > left) & (start < stop)
+    every = (start <= left) & (stop >= right)
+    return some.any(-1), every.all(-1)
+
+
+def tile_walk(key_range: KeyRange, num_keys: int, tile: Tile, by_key: bool = False) -> TileWalk:
+    """The visits of all rows: row by row, query tile by query tile (`by_key`: key tile by key tile), in order.
+
+    A query tile (key tile) that nothing is visited for gets one visit without RUN, which writes its zeros.
+    """
+    run, full = tile_map(key_range, num_keys, tile)
+    batch, query_tiles, key_tiles = run.shape
+    row, query, key = jnp.meshgrid(*(jnp.arange(n, dtype=jnp.int32) for n in run.shape), indexing='ij')
+    if by_key:
+        run, full, row, query, key = (x.swapaxes(1, 2) for x in (run, full, row, query, key))
+    place = jnp.arange(run.shape[-1], dtype=jnp.int32)[None, None]
+    visit = run | (~run.any(-1, keepdims=True) & (place == 0))
+    first = place == jnp.argmax(visit, axis=-1, keepdims=True)
+    last = place == run.shape[-1] - 1 - jnp.argmax(visit[..., ::-1], axis=-1, keepdims=True)
+    flags = first * FIRST + last * LAST + run * RUN + (run & full) * FULL
+    word = ((row * query_tiles + query) * key_tiles + key) << FLAG_BITS | flags
+    visit = visit.reshape(-1)
+    # Stable compaction: each visit goes to the number of visits before it, the others beyond the end.
+    place = jnp.where(visit, jnp.cumsum(visit, dtype=jnp.int32) - 1, visit.size)
+    words = jnp.zeros(visit.shape, jnp.int32).at[place].set(word.reshape(-1), mode='drop', unique_indices=True)
+    return TileWalk(words, jnp.sum(visit, dtype=jnp.int32))
+
+
+def unpack(word, query_tiles: int, key_tiles: int):
+    """(row, query tile, key tile) of a visit."""
+    place = word >> FLAG_BITS
+    return place // (query_tiles * key_tiles), place // key_tiles % query_tiles, place % key_tiles
