@@ -66,7 +66,7 @@ def tile_walk(key_range: KeyRange, num_keys: int, tile: Tile, by_key: bool = Fal
     first = place == jnp.argmax(visit, axis=-1, keepdims=True)
     last = place == run.shape[-1] - 1 - jnp.argmax(visit[..., ::-1], axis=-1, keepdims=True)
     flags = first * FIRST + last * LAST + run * RUN + (run & full) * FULL
-    word = ((row * query_tiles + query) * key_tiles + key) << FLAG_BITS | flags
+    word = ((row << _bits(query_tiles) | query) << _bits(key_tiles) | key) << FLAG_BITS | flags
     visit = visit.reshape(-1)
     # Stable compaction: each visit goes to the number of visits before it, the others beyond the end.
     place = jnp.where(visit, jnp.cumsum(visit, dtype=jnp.int32) - 1, visit.size)
@@ -75,6 +75,12 @@ def tile_walk(key_range: KeyRange, num_keys: int, tile: Tile, by_key: bool = Fal
 
 
 def unpack(word, query_tiles: int, key_tiles: int):
-    """(row, query tile, key tile) of a visit."""
-    place = word >> FLAG_BITS
-    return place // (query_tiles * key_tiles), place // key_tiles % query_tiles, place % key_tiles
+    """(row, query tile, key tile) of a visit. Fields of bits: kernels unpack words on a scalar core, where division is slow."""
+    key_bits, query_bits = _bits(key_tiles), _bits(query_tiles)
+    key = (word >> FLAG_BITS) & ((1 << key_bits) - 1)
+    query = (word >> (FLAG_BITS + key_bits)) & ((1 << query_bits) - 1)
+    return word >> (FLAG_BITS + key_bits + query_bits), query, key
+
+
+def _bits(count: int) -> int:
+    return max(1, (count - 1).bit_length())
