@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 import pathlib
 import random
 
@@ -40,18 +41,19 @@ def batch(seed: int = 0, rows: int = 8, text_only: bool = False) -> Batch:
 def start(
     stage: Stage,
     on: Batch,
-    sizes: tuple[int, int, int] = (1, 1, 1),
+    sizes: tuple[int, ...] = (1, 1, 1),
     accumulation: int = 1,
     seed: int = 0,
     optimizer: optax.GradientTransformation | None = None,
     rate: float = 1e-2,
 ):
-    """(plan, state, frozen, step) of a stage on `sizes` devices, with random parameters: no adapter is zero.
+    """(plan, state, frozen, step) of a stage on a mesh of these sizes (data, fsdp, tensor and, where not 1, context), with
+    random parameters: no adapter is zero.
 
     With `optimizer` (of gradients alone, such as `optax.sgd(1.0)`) the change of the parameters shows the
     gradients.
     """
-    mesh = sharding.make_mesh(Mesh(*sizes), jax.devices()[: sizes[0] * sizes[1] * sizes[2]])
+    mesh = sharding.make_mesh(Mesh(*sizes), jax.devices()[: math.prod(sizes)])
     micro = jax.tree.map(lambda x: x[: x.shape[0] // accumulation], on)
     with sharding.use(mesh):
         plan = state.plan(stage, Optimizer(rate), micro, mesh, 'float32')

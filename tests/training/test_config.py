@@ -42,6 +42,7 @@ def test_identity_fields_must_agree(changes, path):
     [
         {'steps': 20},
         {'mesh': Mesh(8)},
+        {'attention': 'xla'},
         {'workers': 2},
         {'log_every': 1},
         {'data': dataclasses.replace(DATA, tokenizer='moved', sources=(Source('moved.jsonl'),))},
@@ -79,6 +80,7 @@ def test_equal_runs_do_not_differ():
         ({'optimizer': Optimizer(warmup_from_zero=True)}, ('Optimizer.warmup_from_zero', 'Optimizer.warmup_steps')),
         ({'optimizer': Optimizer(learning_rate=-1.0)}, ('Optimizer.learning_rate', '-1')),
         ({'frozen_dtype': 'float16'}, ('Train.frozen_dtype', 'bfloat16')),
+        ({'attention': 'flash'}, ('Train.attention', "'flash'", 'pallas_tpu')),
     ],
 )
 def test_senseless_values_are_named(changes, words):
@@ -89,16 +91,21 @@ def test_senseless_values_are_named(changes, words):
 
 def test_mesh_takes_what_is_left_and_must_fit():
     devices = jax.devices()[:8]
-    assert dict(sharding.make_mesh(Mesh(2, -1, 2), devices).shape) == {'data': 2, 'fsdp': 2, 'tensor': 2}
-    for sizes in (Mesh(3, -1, 1), Mesh(2, 2, 1), Mesh(-1, -1, 1), Mesh(0, -1, 1)):
+    assert dict(sharding.make_mesh(Mesh(2, -1, 2), devices).shape) == {'data': 2, 'fsdp': 2, 'context': 1, 'tensor': 2}
+    assert dict(sharding.make_mesh(Mesh(context=4), devices).shape) == {'data': 1, 'fsdp': 2, 'context': 4, 'tensor': 1}
+    for sizes in (Mesh(3, -1, 1), Mesh(2, 2, 1), Mesh(-1, -1, 1), Mesh(0, -1, 1), Mesh(context=3)):
         with pytest.raises(UserError, match='Mesh.data = '):
             sharding.make_mesh(sizes, devices)
 
 
-def test_rows_and_dimensions_must_divide_over_the_mesh():
+def test_rows_slots_and_dimensions_must_divide_over_the_mesh():
     mesh = sharding.make_mesh(Mesh(1, 8, 1), jax.devices()[:8])
     with pytest.raises(UserError, match='4 rows.*choose a multiple of 8'):
         sharding.check_rows(dataclasses.replace(RUN, accumulation=2), mesh)
     sharding.check_rows(RUN, mesh)
+    sharding.check_slots(RUN, mesh)
+    mesh = sharding.make_mesh(Mesh(context=8), jax.devices()[:8])
+    with pytest.raises(UserError, match='Data.max_slots is 60, .* choose a multiple of 8'):
+        sharding.check_slots(dataclasses.replace(RUN, data=dataclasses.replace(DATA, max_slots=60)), mesh)
     with pytest.raises(UserError, match='which the 4 devices of tensor do not divide'):
         tiny_run.start(tiny_run.narrow(), tiny_run.batch(rows=8), (1, 1, 4))

@@ -102,7 +102,9 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(on_one_device):
         np.testing.assert_allclose(value, on_one_device[1][0][name], rtol=1e-5, atol=1e-6, err_msg=name)
 
 
-@pytest.mark.parametrize('sizes', [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
+@pytest.mark.parametrize('sizes', [
+    (8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 2, 2),
+    *(pytest.param(sizes, marks=pytest.mark.slow) for sizes in ((1, 1, 1, 2), (1, 1, 1, 4)))], ids=str)
 def test_every_mesh_gives_the_same_losses(sizes, on_one_device):
     for (metrics, params), (expected, whole) in zip(run_two_steps(sizes), on_one_device, strict=True):
         for name, value in expected.items():

@@ -35,6 +35,7 @@ Implementation = Literal['auto', 'reference', 'xla', 'pallas_tpu', 'pallas_gpu']
 MAX_DENSE_KEYS = 256
 # Fewer queries (decoding) would leave most of an accelerator's tile empty.
 MIN_TILE_QUERIES = 16
+PLATFORM_KERNELS = {'tpu': 'pallas_tpu', 'gpu': 'pallas_gpu', 'cuda': 'pallas_gpu'}
 
 
 class Kernels(NamedTuple):
@@ -74,14 +75,27 @@ def attention(q, k, v, key_range: KeyRange, *, implementation: Implementation | 
     Raises:
         ValueError: an unknown implementation, heads that do not divide, or a request that it cannot serve.
     """
+    implementation = resolve(q, k, v, implementation).implementation
+    return _attention(q, k, v, key_range, implementation, soft_cap)
+
+
+def resolve(q, k, v, implementation: Implementation | Kernels, platform: str | None = None) -> Choice:
+    """What serves arrays (or `jax.ShapeDtypeStruct`s) like these, and why: `implementation`, or what `auto` takes.
+
+    Raises:
+        ValueError: as `attention` has it; with a platform also a kernel made for another one.
+    """
     if q.shape[2] % k.shape[2]:
         raise ValueError(f'attention: {q.shape[2]} query heads cannot share {k.shape[2]} key/value heads evenly.')
     if implementation == 'auto':
-        implementation = choose(q, k, v).implementation
-    reason = kernels(implementation).refuses(q, k, v)
+        return choose(q, k, v, platform)
+    if platform and implementation in {*PLATFORM_KERNELS.values()} - {PLATFORM_KERNELS.get(platform)}:
+        reason = f'the devices are of platform {platform}'
+    else:
+        reason = kernels(implementation).refuses(q, k, v)
     if reason:
         raise ValueError(f'attention: {implementation} cannot serve this: {reason}. Choose auto or xla.')
-    return _attention(q, k, v, key_range, implementation, soft_cap)
+    return Choice(implementation, 'asked for')
 
 
 def choose(q, k, v, platform: str | None = None) -> Choice:
@@ -89,7 +103,7 @@ def choose(q, k, v, platform: str | None = None) -> Choice:
     platform = jax.default_backend() if platform is None else platform
     if k.shape[1] <= MAX_DENSE_KEYS:
         return Choice('reference', f'{k.shape[1]} keys are one tile')
-    kernel = {'tpu': 'pallas_tpu', 'gpu': 'pallas_gpu', 'cuda': 'pallas_gpu'}.get(platform)
+    kernel = PLATFORM_KERNELS.get(platform)
     if kernel is None:
         return Choice('xla', f'{platform} has no kernel of its own')
     if q.shape[1] < MIN_TILE_QUERIES:

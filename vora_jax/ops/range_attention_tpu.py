@@ -2,7 +2,8 @@
 
 The grid is (kv heads, visits): the visits are `ops.tile_walk`'s, made on the device from the key ranges and prefetched as
 scalars, so that a tile nobody sees costs neither a step nor a load, and one compilation serves any mask. The query heads of
-a kv head are rows of one tile and share its keys and values. Full tiles run without a mask.
+a kv head are rows of one tile and share its keys and values. Full tiles run without a mask, and a tile of which only half
+the keys are seen computes that half: area is visited in halves, memory is loaded in whole tiles.
 
 Forward walks by query, its rows in sublanes ("q-major"): scores `[G * tile.queries, tile.keys]`, the running maximum and
 sum replicated over a register's lanes. Backward walks by key, transposed ("k-major"): scores `[tile.keys, G *
@@ -22,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from vora_jax.ops.key_range import MASKED
-from vora_jax.ops.tile_walk import FIRST, FULL, LAST, RUN, Tile, tile_walk, unpack
+from vora_jax.ops.tile_walk import FIRST, FULL, LAST, LOWER, UPPER, Tile, tile_walk, unpack
 from vora_jax.types import KeyRange
 
 LANES = 128
@@ -74,7 +75,7 @@ def default_tile(q, k) -> Tile | None:
     """
     batch, num_queries, num_keys = q.shape[0], q.shape[1], k.shape[1]
     group = q.shape[2] // k.shape[2]
-    tile = Tile(min(256 if group <= 2 else 128, _padded(num_queries, LANES)), min(512, _padded(num_keys, LANES)))
+    tile = Tile(min(256 if group <= 2 else 128, _padded(num_queries, LANES)), min(512, _padded(num_keys, 2 * LANES)))
     while batch * -(-num_queries // tile.queries) * -(-num_keys // tile.keys) > MAX_VISITS:
         if group * tile.queries * 2 > 2048:
             return None
@@ -143,26 +144,27 @@ def _forward_kernel(sizes, words, q_ref, k_ref, v_ref, ranges_ref, out_ref, log_
         peak[...] = jnp.full_like(peak, MASKED)
         total[...] = jnp.zeros_like(total)
 
-    def visit(is_full):
+    def visit(keys, is_full):
         queries = q_ref[0, 0].reshape(sizes.rows, sizes.head_dim)
-        scores = _dot(sizes, queries, k_ref[0, 0], 1, 1)
+        scores = _dot(sizes, queries, k_ref[0, 0, keys], 1, 1)
         if sizes.soft_cap:
             scores = jnp.tanh(scores * (sizes.scale / sizes.soft_cap)) * sizes.soft_cap
         if not is_full:
-            start, stop = (_column(ranges_ref[0, i:i + 1] - key_tile * sizes.tile.keys, sizes) for i in (0, 1))
-            key = lax.broadcasted_iota(jnp.int32, sizes.tile, 1)
+            first_key = key_tile * sizes.tile.keys + keys.start
+            start, stop = (_column(ranges_ref[0, i:i + 1] - first_key, sizes, keys.size) for i in (0, 1))
+            key = lax.broadcasted_iota(jnp.int32, (sizes.tile.queries, keys.size), 1)
             seen = jnp.concatenate([(key >= start) & (key < stop)] * sizes.group, axis=0)
             scores = jnp.where(seen, scores, MASKED)
         old_peak = peak[...]
         new_peak = jnp.maximum(old_peak, jnp.max(scores, axis=1, keepdims=True))
-        weights = jnp.exp2((scores - _lanes(new_peak, sizes.tile.keys)) * factor)
+        weights = jnp.exp2((scores - _lanes(new_peak, keys.size)) * factor)
         shrink = jnp.exp2((old_peak - new_peak) * factor)
         peak[...] = new_peak
         total[...] = total[...] * shrink + jnp.sum(weights, axis=1, keepdims=True)
-        update = _dot(sizes, weights.astype(v_ref.dtype), v_ref[0, 0], 1, 0)
+        update = _dot(sizes, weights.astype(v_ref.dtype), v_ref[0, 0, keys], 1, 0)
         total_out[...] = total_out[...] * _lanes(shrink, sizes.head_dim) + update
 
-    _visit(word, visit)
+    _visit(sizes, word, visit)
 
     @pl.when(word & LAST != 0)
     def _():
@@ -176,10 +178,11 @@ def _forward_kernel(sizes, words, q_ref, k_ref, v_ref, ranges_ref, out_ref, log_
         log_sum_ref[0, 0] = log_sum.T[0].reshape(sizes.group, sizes.tile.queries)
 
 
-def _weights_and_d_scores(sizes, key_tile, is_full, q_ref, k_ref, v_ref, d_out_ref, log_sum_ref, delta_ref, ranges_ref):
-    """(queries, d_outs, weights, d_scores) of a tile, transposed: f32[tile.keys, rows]; d_scores lack the scale."""
+def _weights_and_d_scores(sizes, key_tile, keys, is_full, q_ref, k_ref, v_ref, d_out_ref, log_sum_ref, delta_ref,
+                          ranges_ref):
+    """(queries, d_outs, weights, d_scores) of these keys, transposed: f32[keys, rows]; d_scores lack the scale."""
     queries, d_outs = (ref[0, 0].reshape(sizes.rows, sizes.head_dim) for ref in (q_ref, d_out_ref))
-    scores = _dot(sizes, k_ref[0, 0], queries, 1, 1)
+    scores = _dot(sizes, k_ref[0, 0, keys], queries, 1, 1)
     bent = None
     if sizes.soft_cap:
         bent = jnp.tanh(scores * (sizes.scale / sizes.soft_cap))
@@ -188,19 +191,19 @@ def _weights_and_d_scores(sizes, key_tile, is_full, q_ref, k_ref, v_ref, d_out_r
         scores = scores * (sizes.scale * LOG2_E)
     weights = jnp.exp2(scores - _row(log_sum_ref, sizes))
     if not is_full:
-        shape = (sizes.tile.keys, sizes.tile.queries)
-        key = key_tile * sizes.tile.keys + lax.broadcasted_iota(jnp.int32, shape, 0)
+        first_key = key_tile * sizes.tile.keys + keys.start
+        key = first_key + lax.broadcasted_iota(jnp.int32, (keys.size, sizes.tile.queries), 0)
         seen = (key >= ranges_ref[0, 0:1]) & (key < ranges_ref[0, 1:2])
         weights = jnp.where(jnp.concatenate([seen] * sizes.group, axis=1), weights, 0.0)
-    d_scores = weights * (_dot(sizes, v_ref[0, 0], d_outs, 1, 1) - _row(delta_ref, sizes))
+    d_scores = weights * (_dot(sizes, v_ref[0, 0, keys], d_outs, 1, 1) - _row(delta_ref, sizes))
     if bent is not None:
         d_scores = d_scores * (1 - bent * bent)
     return queries, d_outs, weights, d_scores
 
 
-def _add_d_key(sizes, queries, d_outs, weights, d_scores, d_key, d_value):
-    d_value[...] += _dot(sizes, weights.astype(d_outs.dtype), d_outs, 1, 0)
-    d_key[...] += _dot(sizes, d_scores.astype(queries.dtype), queries, 1, 0)
+def _add_d_key(sizes, keys, queries, d_outs, weights, d_scores, d_key, d_value):
+    d_value[keys] += _dot(sizes, weights.astype(d_outs.dtype), d_outs, 1, 0)
+    d_key[keys] += _dot(sizes, d_scores.astype(queries.dtype), queries, 1, 0)
 
 
 def _d_key_kernel(sizes, words, *refs):
@@ -210,11 +213,11 @@ def _d_key_kernel(sizes, words, *refs):
     _, _, key_tile = unpack(word, sizes.query_tiles, sizes.key_tiles)
     _begin(word, d_key, d_value)
 
-    def visit(is_full):
-        tile = _weights_and_d_scores(sizes, key_tile, is_full, *inputs)
-        _add_d_key(sizes, *tile, d_key, d_value)
+    def visit(keys, is_full):
+        tile = _weights_and_d_scores(sizes, key_tile, keys, is_full, *inputs)
+        _add_d_key(sizes, keys, *tile, d_key, d_value)
 
-    _visit(word, visit)
+    _visit(sizes, word, visit)
     _end_keys(sizes, word, d_key_ref, d_value_ref, d_key, d_value)
 
 
@@ -229,12 +232,12 @@ def _backward_kernel(sizes, words, *refs):
     def _():
         d_query[...] = jnp.zeros_like(d_query)
 
-    def visit(is_full):
-        *tile, d_scores = _weights_and_d_scores(sizes, key_tile, is_full, *inputs)
-        _add_d_key(sizes, *tile, d_scores, d_key, d_value)
-        d_query[query_tile] += _dot(sizes, inputs[1][0, 0], d_scores.astype(inputs[1].dtype), 0, 0)
+    def visit(keys, is_full):
+        *tile, d_scores = _weights_and_d_scores(sizes, key_tile, keys, is_full, *inputs)
+        _add_d_key(sizes, keys, *tile, d_scores, d_key, d_value)
+        d_query[query_tile] += _dot(sizes, inputs[1][0, 0, keys], d_scores.astype(inputs[1].dtype), 0, 0)
 
-    _visit(word, visit)
+    _visit(sizes, word, visit)
     _end_keys(sizes, word, d_key_ref, d_value_ref, d_key, d_value)
 
     @pl.when((word & LAST != 0) & (key_tile == sizes.key_tiles - 1))
@@ -249,11 +252,11 @@ def _d_query_kernel(sizes, words, *refs):
     _, _, key_tile = unpack(word, sizes.query_tiles, sizes.key_tiles)
     _begin(word, d_query)
 
-    def visit(is_full):
-        *_, d_scores = _weights_and_d_scores(sizes, key_tile, is_full, *inputs)
-        d_query[...] += _dot(sizes, inputs[1][0, 0], d_scores.astype(inputs[1].dtype), 0, 0)
+    def visit(keys, is_full):
+        *_, d_scores = _weights_and_d_scores(sizes, key_tile, keys, is_full, *inputs)
+        d_query[...] += _dot(sizes, inputs[1][0, 0, keys], d_scores.astype(inputs[1].dtype), 0, 0)
 
-    _visit(word, visit)
+    _visit(sizes, word, visit)
 
     @pl.when(word & LAST != 0)
     def _():
@@ -274,15 +277,21 @@ def _end_keys(sizes, word, d_key_ref, d_value_ref, d_key, d_value):
         d_value_ref[0, 0] = d_value[...].astype(d_value_ref.dtype)
 
 
-def _visit(word, visit):
-    """Runs `visit(is_full)` as the word says: two bodies, so that full tiles hold no mask work."""
-    @pl.when(word & (RUN | FULL) == RUN | FULL)
-    def _():
-        visit(True)
+def _visit(sizes, word, visit):
+    """Runs `visit(keys, is_full)` as the word says: a body each for full tiles (no mask work), partial tiles, and halves."""
+    half, seen = sizes.tile.keys // 2, word & (LOWER | UPPER)
 
-    @pl.when(word & (RUN | FULL) == RUN)
+    @pl.when(word & FULL != 0)
     def _():
-        visit(False)
+        visit(pl.ds(0, sizes.tile.keys), True)
+
+    @pl.when(word & (LOWER | UPPER | FULL) == LOWER | UPPER)
+    def _():
+        visit(pl.ds(0, sizes.tile.keys), False)
+
+    @pl.when((seen == LOWER) | (seen == UPPER))
+    def _():
+        visit(pl.ds(pl.multiple_of(jnp.where(seen == UPPER, half, 0), half), half), False)
 
 
 def _dot(sizes, x, y, x_dim: int, y_dim: int):
@@ -296,14 +305,14 @@ def _row(ref, sizes):
     return jnp.concatenate([ref[0, 0, g:g + 1] for g in range(sizes.group)], axis=1)
 
 
-def _column(row, sizes):
-    """[tile.queries, tile.keys]: a row [1, tile.queries] turned into a column and repeated along the keys."""
-    return _lanes(jnp.broadcast_to(row, (LANES, sizes.tile.queries)).T, sizes.tile.keys)
+def _column(row, sizes, width: int):
+    """[tile.queries, width]: a row [1, tile.queries] turned into a column and repeated along the keys."""
+    return _lanes(jnp.broadcast_to(row, (LANES, sizes.tile.queries)).T, width)
 
 
 def _lanes(x, width: int):
     """[rows, LANES] of equal lanes -> [rows, width]."""
-    return x[:, :width] if width <= LANES else jnp.concatenate([x] * (width // LANES) + [x[:, :width % LANES]], axis=1)
+    return jnp.concatenate([x] * -(-width // LANES), axis=1)[:, :width]
 
 
 class _Blocks(NamedTuple):

@@ -1,12 +1,13 @@
 """The tiles of a masked score matrix to visit.
 
 Made on the device from the key ranges, so that masks stay data: a kernel's grid is as long as the walk, and what is not on
-it costs neither a step nor a load. Queries `[0, 4)` see keys `[0, q + 1)`, queries `[4, 8)` an image's keys `[4, 8)`; in
-tiles of 4 queries x 2 keys:
+it costs neither a step nor a load. A visit works on the half of its keys that is seen, or on both. Queries `[0, 4)` see keys
+`[0, q + 1)`, queries `[4, 8)` an image's keys `[4, 8)`, queries `[8, 12)` key 8; in tiles of 4 queries x 4 keys:
 
-    keys      01 23 45 67
-    queries 0  /  /  .  .        walk by query: (0,0) first, (0,1) last, (1,2) first full, (1,3) last full
-    queries 1  .  .  #  #        walk by key:   (0,0) first last, (0,1) first last, (1,2) first last full, ...
+    keys        01 23  45 67  89 ab
+    queries 0   /  /   .  .   .  .        walk by query: (0,0) both, (1,1) full, (2,2) lower half
+    queries 1   .  .   #  #   .  .
+    queries 2   .  .   .  .   /  .
 """
 from typing import NamedTuple
 
@@ -16,13 +17,13 @@ import jax.numpy as jnp
 from vora_jax.types import KeyRange
 
 # What a visit does, as bits of its word: begin or end the sums of its query tile (key tile when walking by key), run the
-# products, run them without a mask.
-FIRST, LAST, RUN, FULL = 1, 2, 4, 8
-FLAG_BITS = 4
+# products of the lower or upper half of its keys, run them all without a mask.
+FIRST, LAST, LOWER, UPPER, FULL = 1, 2, 4, 8, 16
+FLAG_BITS = 5
 
 
 class Tile(NamedTuple):
-    """Sides of a tile: query slots and key slots."""
+    """Sides of a tile: query slots and key slots, these even."""
 
     queries: int
     keys: int
@@ -54,18 +55,22 @@ def tile_map(key_range: KeyRange, num_keys: int, tile: Tile) -> tuple[jax.Array,
 def tile_walk(key_range: KeyRange, num_keys: int, tile: Tile, by_key: bool = False) -> TileWalk:
     """The visits of all rows: row by row, query tile by query tile (`by_key`: key tile by key tile), in order.
 
-    A query tile (key tile) that nothing is visited for gets one visit without RUN, which writes its zeros.
+    A query tile (key tile) that nothing is visited for gets one visit of neither half, which writes its zeros.
     """
-    run, full = tile_map(key_range, num_keys, tile)
+    halves = tile_map(key_range, num_keys, tile._replace(keys=tile.keys // 2))
+    (lower, upper), (full, also_full) = ((x[..., ::2], x[..., 1::2]) for x in halves)
+    run, full = lower | upper, lower & full & also_full
     batch, query_tiles, key_tiles = run.shape
     row, query, key = jnp.meshgrid(*(jnp.arange(n, dtype=jnp.int32) for n in run.shape), indexing='ij')
     if by_key:
-        run, full, row, query, key = (x.swapaxes(1, 2) for x in (run, full, row, query, key))
+        lower, upper, run, full, row, query, key = (
+            x.swapaxes(1, 2) for x in (lower, upper, run, full, row, query, key))
     place = jnp.arange(run.shape[-1], dtype=jnp.int32)[None, None]
     visit = run | (~run.any(-1, keepdims=True) & (place == 0))
     first = place == jnp.argmax(visit, axis=-1, keepdims=True)
     last = place == run.shape[-1] - 1 - jnp.argmax(visit[..., ::-1], axis=-1, keepdims=True)
-    flags = first * FIRST + last * LAST + run * RUN + (run & full) * FULL
+    bits = ((first, FIRST), (last, LAST), (lower, LOWER), (upper, UPPER), (full, FULL))
+    flags = sum(jnp.where(x, bit, 0) for x, bit in bits)
     word = ((row << _bits(query_tiles) | query) << _bits(key_tiles) | key) << FLAG_BITS | flags
     visit = visit.reshape(-1)
     # Stable compaction: each visit goes to the number of visits before it, the others beyond the end.
@@ -75,7 +80,10 @@ def tile_walk(key_range: KeyRange, num_keys: int, tile: Tile, by_key: bool = Fal
 
 
 def unpack(word, query_tiles: int, key_tiles: int):
-    """(row, query tile, key tile) of a visit. Fields of bits: kernels unpack words on a scalar core, where division is slow."""
+    """(row, query tile, key tile) of a visit.
+
+    Fields of bits: kernels unpack words on a scalar core, where division is slow.
+    """
     key_bits, query_bits = _bits(key_tiles), _bits(query_tiles)
     key = (word >> FLAG_BITS) & ((1 << key_bits) - 1)
     query = (word >> (FLAG_BITS + key_bits)) & ((1 << query_bits) - 1)

@@ -5,12 +5,13 @@ what makes two runs the same run: a resumed run must agree) or *free* (may chang
 """
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import flax.linen as nn
 
 from vora_jax.data.config import Data
 from vora_jax.method import Method
+from vora_jax.ops.attention import Implementation
 from vora_jax.types import UserError
 
 
@@ -51,12 +52,13 @@ class Mesh:
     """How many devices each mesh axis has; -1 (one axis at most) takes whatever is left.
 
     data: replicas of the parameters. fsdp: shards of parameters and rows. tensor: shards of heads, MLP,
-        vocabulary.
+        vocabulary. context: shards of a row's slots in attention, whose keys go round a ring.
     """
 
     data: int = 1
     fsdp: int = -1
     tensor: int = 1
+    context: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +87,7 @@ class Train:
     init_from: checkpoints the parameters start from (`training.init_from` has the two forms).
     workers: data processes; 0 reads in the training process.
     frozen_dtype: dtype frozen weights are held in; trainable ones are always float32.
+    attention: what computes attention; `auto` takes what suits the devices and the shapes, and says which.
     """
 
     method: Method
@@ -101,12 +104,13 @@ class Train:
     init_from: tuple[str, ...] = ()
     workers: int = 0
     frozen_dtype: Literal['float32', 'bfloat16'] = 'float32'
+    attention: Implementation = 'auto'
 
 
 # Fields that may change between restarts of one run; all others are identity. '*' stands for every field of a
 # class. Where data lies on disk is free: the manifest hash tells whether rows, picture sizes and tokenizer are the same.
 FREE = {
-    'Train': ('steps', 'mesh', 'checkpoint', 'log_every', 'workers'),
+    'Train': ('steps', 'mesh', 'checkpoint', 'log_every', 'workers', 'attention'),
     'Mesh': ('*',),
     'Checkpoint': ('*',),
     'Data': ('tokenizer', 'max_bad_fraction'),
@@ -189,6 +193,8 @@ def validate(config: Train) -> None:
                         'it out.')
     if config.frozen_dtype not in ('float32', 'bfloat16'):
         raise UserError(f"Train.frozen_dtype is {config.frozen_dtype!r}; it is 'float32' or 'bfloat16'.")
+    if config.attention not in get_args(Implementation):
+        raise UserError(f'Train.attention is {config.attention!r}; it is one of {", ".join(get_args(Implementation))}.')
     if config.batch_rows % config.accumulation:
         raise UserError(
             f'Train.batch_rows is {config.batch_rows}, which Train.accumulation = {config.accumulation} does '

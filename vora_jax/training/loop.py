@@ -50,6 +50,7 @@ def train(config: Train, config_text: str, workdir: str, parse: Callable[[str], 
     folder, stage = pathlib.Path(workdir), config.method.stage(config.stage)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_rows(config, mesh)
+    sharding.check_slots(config, mesh)
 
     # 1. What does the workdir hold?
     record, before = _find_last(folder), None
@@ -84,7 +85,7 @@ def train(config: Train, config_text: str, workdir: str, parse: Callable[[str], 
         ready = next(batches)
         rows = config.batch_rows // config.accumulation
         micro = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), ready.batch)
-        plan = state_lib.plan(stage, config.optimizer, micro, mesh, config.frozen_dtype)
+        plan = state_lib.plan(stage, config.optimizer, micro, mesh, config.frozen_dtype, config.attention)
         if record:
             state, frozen = _restore(plan, record, folder)
             log.info('resuming %s after step %d of %d', folder, record.step, config.steps)
@@ -94,6 +95,9 @@ def train(config: Train, config_text: str, workdir: str, parse: Callable[[str], 
         record = dataclasses.replace(record, config_text=config_text)
         num_trainable, num_frozen = count(state.trainable), count(frozen)
         log.info('training %s of %s parameters', f'{num_trainable:,}', f'{num_trainable + num_frozen:,}')
+        told = sharding.language_attention(stage.model, micro, mesh, config.attention)
+        if told:
+            log.info('attention: %s', told)
 
         # 4. Steps. Nothing here waits for the devices, except to keep the host from running far ahead of
         # them.

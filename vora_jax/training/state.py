@@ -12,6 +12,7 @@ import optax
 
 from vora_jax.batch import Batch
 from vora_jax.method import Stage
+from vora_jax.ops.attention import Implementation
 from vora_jax.params import flatten, partition, unflatten
 from vora_jax.training import optimizer as optimizer_lib
 from vora_jax.training import sharding
@@ -55,16 +56,19 @@ class Plan:
         return jax.tree.map(lambda s: s.sharding, self.frozen)
 
 
-def plan(stage: Stage, config: Optimizer, batch: Batch, mesh: jax.sharding.Mesh, frozen_dtype: str) -> Plan:
+def plan(stage: Stage, config: Optimizer, batch: Batch, mesh: jax.sharding.Mesh, frozen_dtype: str,
+         attention: Implementation = 'auto') -> Plan:
     """The plan of a stage for batches shaped like `batch` (arrays or shapes; its rows must divide over the
     mesh).
 
     Raises:
-        UserError: a pattern matches no parameter, or a dimension does not divide over the mesh.
+        UserError: a pattern matches no parameter, a dimension does not divide over the mesh, or `attention` cannot serve
+            the model on it.
     """
-    model = stage.model.clone(attend=sharding.make_attend(mesh))
+    model = stage.model.clone(attend=sharding.make_attend(mesh, attention))
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
-    boxed = jax.eval_shape(model.init, jax.random.key(0), shapes)['params']
+    # The key is drawn inside: nothing runs, so that the devices may be those of a topology.
+    boxed = jax.eval_shape(lambda batch: model.init(jax.random.key(0), batch), shapes)['params']
     places = flatten(sharding.param_shardings(boxed, mesh))
     trainable, frozen = partition(sharding.unbox(boxed), stage.trainable)
 
