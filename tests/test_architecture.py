@@ -23,17 +23,19 @@ ROWS = (
     ('vision', 'llm'),
     ('model', 'distill'),
     ('variants', 'params', 'merge'),
-    ('data', 'convert', 'training', 'evaluation'),
+    ('data', 'convert', 'training', 'evaluation', 'bench'),
     ('cli',),
 )
 ROW = {unit: number for number, row in enumerate(ROWS) for unit in row}
 # Inside row 6 the neighbours are named, and data/ sees little of what is above.
-NEIGHBOURS = {'data': (), 'convert': (), 'training': ('data',), 'evaluation': ('data', 'training')}
+NEIGHBOURS = {'data': (), 'convert': (), 'training': ('data',), 'evaluation': ('data', 'training'),
+              'bench': ('data', 'training')}
 DATA_SEES = ('data', 'batch', 'types', 'method')
 
 HOST_ONLY = ('data', 'batch', 'types', 'method')
 DEVICE_LIBRARIES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax')
 TORCH_LIBRARIES = ('torch', 'transformers')
+TORCH_BASELINE = pathlib.PurePath(PACKAGE, 'bench', 'torch_attention.py')  # measures torch, and is imported only then
 EDGE_NAMES = {'sys': ('argv',), 'os': ('environ', 'environb', 'getenv', 'putenv')}
 EDGE_MODULES = ('argparse', 'click')
 
@@ -131,8 +133,10 @@ def foreign_libraries(files: list[File]) -> list[str]:
         shipped = '.'.join(file.path.parts[:-1]) + '.'  # its companions, shipped beside it
         for node, name in imports(file):
             top = name.split('.')[0]
+            if name.startswith('.'.join(TORCH_BASELINE.with_suffix('').parts)) and node in file.tree.body:
+                found.append(f'{file.at(node)}: {TORCH_BASELINE.stem} imports torch; import it in the function that runs it')
             if top in TORCH_LIBRARIES or name.startswith('safetensors.torch'):
-                if file.path.parts[0] == PACKAGE and file.unit != 'convert':
+                if file.path.parts[0] == PACKAGE and file.unit != 'convert' and file.path != TORCH_BASELINE:
                     found.append(f'{file.at(node)}: {top} belongs in {PACKAGE}/convert/ and tests/ only')
             elif top == 'gin' and file.path != pathlib.PurePath(PACKAGE, 'cli', 'gin_config.py'):
                 found.append(f'{file.at(node)}: gin belongs in {PACKAGE}/cli/gin_config.py only')
@@ -249,6 +253,11 @@ SEEDED = {
             'from vora_jax.training import loop',
             'convert may not import its neighbour training',
         ),
+        (
+            'vora_jax/bench/a.py',
+            'from vora_jax.evaluation import tasks',
+            'bench may not import its neighbour evaluation',
+        ),
         ('vora_jax/training/a.py', 'import vora_jax.cli.main', 'training (row 6) imports cli (row 7)'),
         ('vora_jax/novel/a.py', '', "'novel' has no row"),
     ],
@@ -256,6 +265,8 @@ SEEDED = {
         ('vora_jax/training/a.py', 'import torch.nn', 'torch belongs in'),
         ('vora_jax/evaluation/a.py', 'from transformers import AutoConfig', 'transformers belongs in'),
         ('vora_jax/params.py', 'from safetensors.torch import load_file', 'belongs in vora_jax/convert/'),
+        ('vora_jax/bench/sides.py', 'def f():\n    import torch', 'sides.py:2: torch belongs in'),
+        ('vora_jax/bench/a.py', 'from vora_jax.bench.torch_attention import x', 'a.py:1: torch_attention imports torch'),
         (
             'vora_jax/cli/export.py',
             "import importlib\nimportlib.import_module('torch')",
@@ -310,6 +321,8 @@ ALLOWED = [
     ('vora_jax/vision/a.py', '"""As in VoRA and LLaVA."""\nfrom vora_jax.llm import decoder  # vora'),
     ('vora_jax/variants.py', 'def vora(): pass'),
     ('vora_jax/convert/torch_model/modeling.py', 'import torch'),
+    ('vora_jax/bench/torch_attention.py', 'import torch'),
+    ('vora_jax/bench/sides.py', 'def f():\n    from vora_jax.bench.torch_attention import x'),
     ('vora_jax/cli/gin_config.py', 'import gin, os, sys, argparse\nprint(os.environ, sys.argv)'),
     ('vora_jax/ops/range_attention_gpu.py', '# line\n' * 450),
     ('vora_jax/convert/torch_model/modeling_b.py', '# line\n' * 450),

@@ -1,11 +1,14 @@
 """The TPU kernels through the real compiler, without a TPU."""
+import importlib.util
 import os
+import pathlib
 
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental import topologies
 
+from vora_jax.ops import range_attention_tpu
 from vora_jax.ops.attention import attention, choose
 from vora_jax.types import KeyRange
 
@@ -114,3 +117,24 @@ def test_temporary_memory_of_the_forward_pass(device_of):
     print({slots: f'{size / MIB:.1f} MiB' for slots, size in temporary.items()})
     assert temporary[32768] <= 2 * 2 * 32768 * 128 * (16 + 4 + 4 + 16)
     assert temporary[65536] <= 4 * temporary[32768]
+
+
+def test_the_compiler_catches_tiles_that_do_not_fit(device_of, monkeypatch):
+    """What neither interpreter sees: VMEM has an end."""
+    monkeypatch.setattr(range_attention_tpu, 'VMEM_LIMIT_BYTES', 2**18)
+    lowered = jax.jit(lambda *inputs: range_attention_tpu.forward(*inputs)).lower(*arrays(device_of('v5e'), 1024, 128, 1))
+    with pytest.raises(Exception, match='(?i)vmem|exhausted'):
+        lowered.compile()
+
+
+@pytest.mark.slow
+def test_bodies_are_scheduled_as_tightly_as_splash_attention(device_of):
+    """Bundles per 512 rows x 512 keys x 128 on v5e: full tiles at most splash's, partial ones at most 1.05 times."""
+    path = pathlib.Path(__file__).parents[1] / 'benchmarks' / 'kernel_schedule.py'
+    spec = importlib.util.spec_from_file_location('kernel_schedule', path)
+    schedule = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(schedule)
+    (_, full, partial), = schedule.measure('forward', 128, TOPOLOGIES['v5e'], '').values()
+    splash, = [bundles[-1] for bundles in schedule.measure('splash forward', 128, TOPOLOGIES['v5e'], '').values()]
+    print(f'full {full}, partial {partial}, splash {splash}')
+    assert full <= splash and partial <= 1.05 * splash
