@@ -15,12 +15,13 @@ if [[ -z "$environment" ]]; then
     environment=$(mktemp -d)
     trap 'rm -rf "$environment"' EXIT
 fi
-make_environment "$environment" test,torch,tensorboard
+make_environment "$environment" test,torch,tensorboard,plan
 installed=$SECONDS
 
 status=0
 "$python" -m ruff check --quiet --line-length 125 --select E,F,I,W vora_jax tests launch || status=$?
-# A file stays with one worker: its tests share what they compile.
-"$python" -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile "$@" || status=$?
+# Each worker starts with files in a row, whose tests share what they compile; one that is done takes some from the end of
+# another's, so none waits for a long file.
+"$python" -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal "$@" || status=$?
 echo "test.sh: $((SECONDS - started)) s in all, $((SECONDS - installed)) s of it tests"
 exit "$status"

@@ -5,27 +5,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_layouts import both_ways, brute_force_mask, dense
 from tiny_model import batch, quick_jit, strict  # noqa: F401
 
 from vora_jax.ops import blocked_attention, reference_attention
-from vora_jax.ops.attention import attention, softmax_delta
+from vora_jax.ops.attention import attention
 from vora_jax.ops.key_range import causal, dense_mask
 from vora_jax.types import KeyRange
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 8
 
 
-def both_ways(module, **options):
-    """(q, k, v, d_out, key_range) -> (out, (d_q, d_k, d_v)) of an implementation."""
-    def run(q, k, v, d_out, key_range, soft_cap=None):
-        out, log_sum = module.forward(q, k, v, key_range, soft_cap, **options)
-        delta = softmax_delta(out, d_out)
-        return out, module.backward(q, k, v, key_range, log_sum, delta, d_out, soft_cap, **options)
-    return run
-
-
 def blocked(query_block, key_block):
-    return both_ways(blocked_attention, query_block=query_block, key_block=key_block)
+    options = {'query_block': query_block, 'key_block': key_block}
+    return both_ways(blocked_attention, options, options)
 
 
 IMPLEMENTATIONS = {'reference': both_ways(reference_attention), 'blocked 8 16': blocked(8, 16),
@@ -55,33 +48,6 @@ def tensors(seed, key_range, num_keys, dtype=np.float32):
     rows, num_queries = key_range.start.shape
     shapes = [(num_queries, HEADS), (num_keys, KV_HEADS), (num_keys, KV_HEADS), (num_queries, HEADS)]
     return [jnp.asarray(rng.normal(size=(rows, *shape, HEAD_DIM)), dtype) for shape in shapes]
-
-
-def brute_force_mask(key_range, num_keys):
-    rows, num_queries = key_range.start.shape
-    mask = np.zeros((rows, num_queries, num_keys), bool)
-    for b in range(rows):
-        for t in range(num_queries):
-            mask[b, t, key_range.start[b, t]:key_range.stop[b, t]] = True
-    return mask
-
-
-def dense(q, k, v, d_out, mask):
-    """(out, (d_q, d_k, d_v)) in float64 NumPy, written from the definition."""
-    q, k, v, d_out = (np.asarray(x, np.float64) for x in (q, k, v, d_out))
-    group = q.shape[2] // k.shape[2]
-    wide_k, wide_v = (np.repeat(x, group, axis=2) for x in (k, v))
-    scale = q.shape[-1] ** -0.5
-    scores = np.where(mask[:, None], np.einsum('btnh,bsnh->bnts', q, wide_k) * scale, -np.inf)
-    weights = np.where(mask[:, None], np.exp(scores), 0)
-    weights = weights / np.maximum(weights.sum(-1, keepdims=True), 1e-300)
-    out = np.einsum('bnts,bsnh->btnh', weights, wide_v)
-    d_weights = np.einsum('btnh,bsnh->bnts', d_out, wide_v)
-    d_scores = weights * (d_weights - (weights * d_weights).sum(-1, keepdims=True)) * scale
-    d_q = np.einsum('bnts,bsnh->btnh', d_scores, wide_k)
-    d_k, d_v = np.einsum('bnts,btnh->bsnh', d_scores, q), np.einsum('bnts,btnh->bsnh', weights, d_out)
-    d_k, d_v = (x.reshape(*k.shape[:3], group, -1).sum(3) for x in (d_k, d_v))
-    return out, (d_q, d_k, d_v)
 
 
 @functools.partial(quick_jit, static_argnums=0)
@@ -158,6 +124,17 @@ def test_blocked_attention_never_holds_queries_times_keys():
         return [s for s in shapes(jaxpr.jaxpr) if {60, 64} & set(s) and {90, 96} & set(s)]
     assert square(both_ways(reference_attention))  # the check sees what it looks for
     assert not square(blocked(8, 16))
+
+
+@pytest.mark.parametrize('module, growth', [(reference_attention, 8), (blocked_attention, 4)])
+def test_memory_of_blocked_attention_grows_with_the_keys(module, growth):
+    def temporary(num_keys):
+        shape = jax.ShapeDtypeStruct((1, num_keys, HEADS, HEAD_DIM), jnp.float32)
+        slots = jax.ShapeDtypeStruct((1, num_keys), jnp.int32)
+        compiled = run.lower(both_ways(module), *[shape] * 4, KeyRange(slots, slots)).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+    ratio = temporary(4096) / temporary(1024)
+    assert ratio > growth if module is reference_attention else ratio < growth, ratio
 
 
 def test_mistakes_raise():

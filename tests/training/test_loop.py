@@ -62,9 +62,16 @@ def test_a_run_leaves_what_the_others_need(gin_file, whole, told):
 
 def test_more_steps_later_equal_more_steps_at_once(gin_file, whole, tmp_path, told):
     assert run(gin_file, tmp_path, 'Train.steps=5')
-    assert run(gin_file, tmp_path, 'Train.steps=10', 'Train.log_every=3')
+    assert 'attention: reference (64 keys are one tile)' in told.text
+    assert run(gin_file, tmp_path, 'Train.steps=10', 'Train.log_every=3', "Train.attention='reference'")
     assert same_parameters(tmp_path, whole)
     assert 'changed since the last checkpoint: Train.steps from 5 to 10' in told.text
+    assert "Train.attention from 'auto' to 'reference'" in told.text and 'attention: reference (asked for)' in told.text
+
+
+def test_attention_that_the_devices_cannot_do_is_refused(gin_file, tmp_path):
+    with pytest.raises(UserError, match="Train.attention = 'pallas_tpu': .* platform cpu"):
+        run(gin_file, tmp_path, "Train.attention='pallas_tpu'")
 
 
 def test_damage_falls_back_and_training_repeats_the_steps(gin_file, whole, tmp_path, told):

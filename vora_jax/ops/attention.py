@@ -31,8 +31,9 @@ from vora_jax.types import KeyRange
 
 Implementation = Literal['auto', 'reference', 'xla', 'pallas_tpu', 'pallas_gpu']
 
-# Up to so many keys, one dense tile is cheaper than the bookkeeping of blocks (measured on 2 CPU cores).
-MAX_DENSE_KEYS = 256
+# Up to so many keys, one dense tile beats blocks. Forward and backward on 2 CPU cores, 8 packed rows, 4-8 heads of 32-64:
+# `reference` took 0.8-1.2 times the time of `xla` at 128 keys, 0.5-0.8 at 160, 1.0-1.4 at 192, 1.2-2.5 at 256.
+MAX_DENSE_KEYS = 160
 # Fewer queries (decoding) would leave most of an accelerator's tile empty.
 MIN_TILE_QUERIES = 16
 PLATFORM_KERNELS = {'tpu': 'pallas_tpu', 'gpu': 'pallas_gpu', 'cuda': 'pallas_gpu'}
