@@ -3,7 +3,9 @@
 Set before JAX is first imported; subprocesses that tests start inherit all of it.
 """
 
+import gc
 import hashlib
+import importlib.metadata
 import os
 import pathlib
 import re
@@ -33,6 +35,13 @@ def _compilation_cache() -> pathlib.Path:
     return folder
 
 
+def _older_code_generator() -> list[str]:
+    """The CPU code generator that takes a third of the time to compile. Newer releases have no such flag, and an unknown
+    one is fatal."""
+    old = importlib.metadata.version('jaxlib').startswith('0.10.')
+    return ['--xla_cpu_use_fusion_emitters=false'] if old else []
+
+
 def _set_environment() -> None:
     sys.path.insert(0, str(_ROOT))  # the checkout comes before an installed copy, here and in subprocesses
     os.environ['PYTHONPATH'] = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get('PYTHONPATH')]))
@@ -40,8 +49,9 @@ def _set_environment() -> None:
     flags = os.environ.get('XLA_FLAGS', '')
     for flag in (
         '--xla_force_host_platform_device_count=8',
-        # Tests compile much and run little. What is about bits asks for the usual level of optimisation itself.
+        # Tests compile much and run little. What is about bits asks for the usual code itself (`full_jit`).
         '--xla_backend_optimization_level=0',
+        *_older_code_generator(),
     ):
         if flag.partition('=')[0] not in flags:
             flags = f'{flags} {flag}'.strip()
@@ -49,8 +59,8 @@ def _set_environment() -> None:
     for name, value in {
         'JAX_COMPILATION_CACHE_DIR': str(_compilation_cache()),
         'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.2',
-        'OMP_NUM_THREADS': '2',
-        'OPENBLAS_NUM_THREADS': '2',
+        'OMP_NUM_THREADS': '1',  # arrays are tiny, and workers share the cores: waiting threads would take half the time
+        'OPENBLAS_NUM_THREADS': '1',
         'TOKENIZERS_PARALLELISM': 'false',
         'HF_HUB_OFFLINE': '1',  # no test reaches for the network
     }.items():
@@ -58,3 +68,10 @@ def _set_environment() -> None:
 
 
 _set_environment()
+
+
+def pytest_collection_finish(session):
+    """What is imported by now stays, so the collector need not look at it again and again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 50)

@@ -7,6 +7,7 @@ half of this file seeds violations of each kind and expects them to be found.
 
 import ast
 import dataclasses
+import functools
 import pathlib
 import re
 
@@ -69,6 +70,11 @@ def read(root: pathlib.Path) -> list[File]:
         File(p.relative_to(root), p.read_text(encoding='utf-8'), ast.parse(p.read_text(encoding='utf-8')))
         for p in paths
     ]
+
+
+@functools.cache
+def repository() -> list[File]:
+    return read(ROOT)
 
 
 def imports(file: File) -> list[tuple[ast.AST, str]]:
@@ -228,7 +234,7 @@ RULES = (import_direction, foreign_libraries, surroundings, file_sizes, forbidde
 
 @pytest.mark.parametrize('rule', RULES, ids=lambda rule: rule.__name__)
 def test_the_repository_keeps(rule):
-    found = rule(read(ROOT))
+    found = rule(repository())
     assert not found, '\n' + '\n'.join(found)
 
 

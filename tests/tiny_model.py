@@ -1,6 +1,7 @@
 """A small method with random parameters, for tests of the model."""
 import dataclasses
 import functools
+import os
 
 import flax.linen as nn
 import jax
@@ -68,7 +69,10 @@ def without(params, *parts):
 # Tests compile much and compute little: machine code that is not optimised comes 2.5 times as fast.
 quick_jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 # Claims about bits are made about the code that runs outside of tests.
-full_jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 3})
+USUAL = {'xla_backend_optimization_level': 3}
+if 'xla_cpu_use_fusion_emitters' in os.environ['XLA_FLAGS']:
+    USUAL['xla_cpu_use_fusion_emitters'] = True
+full_jit = functools.partial(jax.jit, compiler_options=USUAL)
 
 
 @functools.cache

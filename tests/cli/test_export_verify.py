@@ -91,7 +91,9 @@ def test_bad_input_is_one_sentence(folder, adapted, capsys):
 
 
 @pytest.mark.parametrize(('name', 'config', 'layout', 'more'), [
-    ('layouts_adapted', ADAPTED, 'vora', ()), ('layouts_adapted', ADAPTED, 'peft', ()),
+    # What differs between these two and the others is below the command: convert/test_export_layouts.py has both.
+    pytest.param('layouts_adapted', ADAPTED, 'vora', (), marks=pytest.mark.slow),
+    pytest.param('layouts_adapted', ADAPTED, 'peft', (), marks=pytest.mark.slow),
     ('layouts_adapted', ADAPTED, 'llm', ('--dtype', 'bfloat16')), ('layouts_clip', CLIP, 'llava', ()),
     ('layouts_tagger', TAGGER.replace('PatchEmbed.width', 'PatchEmbed.norm_eps = 1e-5\nPatchEmbed.width'), None, ())])
 def test_every_layout(name, config, layout, more, folder, capsys):

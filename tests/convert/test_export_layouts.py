@@ -97,10 +97,11 @@ def again(to):
 
 
 @pytest.mark.parametrize(('name', 'layout'), [
-    ('adapted', 'vora'), ('adapted', 'llm'), ('adapted', 'peft'), ('biased', 'vora'), ('merged_biased', 'llm'),
-    ('vision', 'llm'), ('clip', 'llava'), ('siglip', 'llava'), ('clip_lora', 'llava'), ('qwen3', 'llm'),
-    ('encoder_clip', 'encoder'), ('encoder_siglip', 'encoder'), ('encoder_aimv2', 'encoder'), ('encoder_dinov2', 'encoder'),
-    ('tagger', 'encoder')])
+    ('adapted', 'vora'), ('adapted', 'llm'), ('adapted', 'peft'), ('merged_biased', 'llm'), ('vision', 'llm'),
+    ('clip', 'llava'), ('siglip', 'llava'), ('qwen3', 'llm'), ('encoder_clip', 'encoder'), ('encoder_siglip', 'encoder'),
+    ('encoder_aimv2', 'encoder'), ('encoder_dinov2', 'encoder'), ('tagger', 'encoder'),
+    # A layout and a kind of adapter, of which each is above.
+    pytest.param('biased', 'vora', marks=pytest.mark.slow), pytest.param('clip_lora', 'llava', marks=pytest.mark.slow)])
 def test_verify_finds_nothing(name, layout, folder, written):
     """transformers (or peft) loads it with no key missing or left over; logits and greedy tokens are ours."""
     if layout != 'vora':

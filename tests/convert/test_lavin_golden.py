@@ -112,6 +112,7 @@ def test_the_adapter():
     first = jnp.zeros((rows, slots), jnp.int32)
     everywhere = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32)[None], (rows, slots))
 
+    @jax.jit
     def call(params, x, route_slot=first, routes=None):
         context = SlotContext(KeyRange(None, None), route_slot=route_slot, write_slot=everywhere)
         return MixtureBranch(mixture).apply({'params': params}, x, context, routes)
@@ -125,7 +126,7 @@ def test_the_adapter():
     close(routes[:, 0], golden['routing'])
     # Weights that are given instead of computed are what decoding does with a slot that it has in its cache.
     close(call(params, x, jnp.full_like(first, slots), memory)[0], golden['y_fixed'])
-    ours, of_x = jax.grad(loss, (0, 1))(params, x)
+    ours, of_x = quick_jit(jax.grad(loss, (0, 1)))(params, x)
     same_gradient(of_x, golden['grad_x'], 'x')  # measured: 1e-7
     ours = dict(to_foreign({place + path: x[None] for path, x in ours.items()}, shapes, LAVIN_ADAPTERS))
     assert len(ours) == len(gradients)
@@ -152,7 +153,7 @@ def test_the_bottleneck_projector():
     shapes = {f'frontend/{path}': leaf.shape for path, leaf in params.items() if path.startswith('projector')}
     given = from_foreign({f'adapter_proj.{name}': x for name, x in weights.items()}, shapes, LAVIN_ADAPTERS)
     params |= {path.removeprefix('frontend/'): x for path, x in given.items()}
-    close(module.apply({'params': unflatten(params)}, patches), golden['y'])  # measured: 5e-7
+    close(quick_jit(module.apply)({'params': unflatten(params)}, patches), golden['y'])  # measured: 5e-7
 
 
 @pytest.fixture(scope='module')

@@ -40,6 +40,9 @@ pytest.importorskip('transformers', reason="needs pip install 'vora_jax[torch]'"
 
 EOS = 3
 GOLDEN = pathlib.Path(__file__).parent / 'vora_golden'
+# Parts that others in KINDS, `make_variety` and METHODS have too, put together once more.
+AGAIN = ('llava', 'llava_lora', 'vora', 'vora_vision', 'kernels_on_patches', 'dual_on_llava')
+EVERY_METHOD = [pytest.param(name, marks=pytest.mark.slow) if name in AGAIN else name for name in METHODS]
 # Tests compile much and compute little.
 quick_jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 
@@ -92,7 +95,7 @@ def shipped(torch_model, name):
     return sys.modules[f'{type(torch_model).__module__.rpartition(".")[0]}.{name}_vora_jax']
 
 
-@pytest.mark.parametrize('kind', [*KINDS, *make_variety(), *METHODS])
+@pytest.mark.parametrize('kind', [*KINDS, *make_variety(), *EVERY_METHOD])
 def test_logits_of_every_kind_of_model(kind, asked):
     """No, one and two pictures of several sizes, side by side or apart, in a batch that is padded on the left."""
     params, model, _ = make_any(kind)
@@ -165,7 +168,7 @@ def test_features_of_an_encoder(kind, asked):
             np.testing.assert_allclose(pooled[0], ours.pooled[row, image], atol=1e-5)
 
 
-@pytest.mark.parametrize('kind', ['all', 'merged', *METHODS])
+@pytest.mark.parametrize('kind', ['all', 'merged', *EVERY_METHOD])
 def test_verify_finds_nothing(kind, exported, folder, tokenizer):
     """Also the answers to a batch of prompts of different lengths."""
     params, model, rule = make_any(kind)
@@ -196,7 +199,7 @@ def test_answers_are_those_of_our_greedy_generation(asked, folder):
     assert torch_model.answer(theirs, None, texts[0], max_new_tokens=2) is not None
 
 
-@pytest.mark.parametrize('kind', [*KINDS, *make_variety(), *METHODS])
+@pytest.mark.parametrize('kind', [*KINDS, *make_variety(), *EVERY_METHOD])
 def test_a_cache_changes_nothing(kind, asked):
     _, torch_model, inputs = asked(kind)
     settings = {'max_new_tokens': 5, 'min_new_tokens': 5, 'output_logits': True, 'return_dict_in_generate': True}

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_methods import ENCODER, PROJECTOR
-from tiny_model import LLM, SHORT, apply, gradients, random_params, strict  # noqa: F401
+from tiny_model import LLM, SHORT, apply, full_jit, gradients, random_params, strict  # noqa: F401
 from tiny_model import batch as example_batch
 
 from vora_jax import variants
@@ -31,7 +31,6 @@ from vora_jax.types import PAD, KeyRange, UserError
 MODEL = VisionLanguageModel(SHORT, (LayerGroup(1), LayerGroup(1, prompts=GatedPrompts(3))))
 PLAIN = MODEL.clone(groups=(LayerGroup(1), LayerGroup(1)))
 PATH = 'decoder/layers/group_1/block/adapter_prompts/'
-full_jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 3})
 
 
 def without_prompts(params):

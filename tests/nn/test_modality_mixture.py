@@ -1,6 +1,5 @@
 """Routed mixtures against float64, in segments, sites and training."""
 import dataclasses
-import functools
 
 import flax.linen as nn
 import jax
@@ -8,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_methods import ENCODER, METHODS, method_batch
-from tiny_model import LLM, apply, quick_jit, random_params, strict  # noqa: F401
+from tiny_model import LLM, apply, full_jit, quick_jit, random_params, strict  # noqa: F401
 
 from vora_jax import variants
 from vora_jax.data.packing import Budgets, Picture, Text, layout, stack
@@ -24,7 +23,6 @@ FORMS = [(8, 2, 1.0, 10.0, 0.0, 2), (6, 3, 0.3, 5.0, 0.0, 2), (4, 1, -2.0, 0.5, 
 ROUTES = 'slot', 'own', 'first_row'
 ROUTE_SLOT = np.int32([[0, 0, 0, 3, 3], [0, 1, 1, 1, 4]])
 WIDTH = 12
-full_jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 3})
 
 
 def drawn(mixture, seed=0):
@@ -219,17 +217,17 @@ def test_nothing_but_routing_reads_the_modality_token():
     """Without a choice of paths, or with a router that is constant, its gradient is exactly 0."""
     example = method_batch('lavin', seed=4)
     largest = {}
-    for num_experts, constant in ((2, False), (2, True), (1, False)):
+    for num_experts in (2, 1):
         model = lavin(num_experts)
-        flat = flatten(random_params(model, example))
-        params = unflatten({path: 0 * leaf if constant and path.endswith('router_kernel') else leaf
-                            for path, leaf in flat.items()})
 
         def words(vectors, params, batch):
             hidden = model.apply({'params': params | {'modality_embedding': vectors}}, batch).hidden
             return jnp.sum(jnp.where((batch.modality == TEXT)[..., None], hidden, 0.0))
-        gradient = quick_jit(jax.grad(words))(params['modality_embedding'], params, example)
-        largest[num_experts, constant] = np.abs(gradient).max()
+        gradient, flat = quick_jit(jax.grad(words)), flatten(random_params(model, example))
+        for constant in (False, True)[:num_experts]:
+            params = unflatten({path: 0 * leaf if constant and path.endswith('router_kernel') else leaf
+                                for path, leaf in flat.items()})
+            largest[num_experts, constant] = np.abs(gradient(params['modality_embedding'], params, example)).max()
     assert largest[2, False] > 1e-3 and largest[2, True] == largest[1, False] == 0
 
 
