@@ -30,7 +30,7 @@ ROWS = (
 ROW = {unit: number for number, row in enumerate(ROWS) for unit in row}
 # Inside row 6 the neighbours are named, and data/ sees little of what is above.
 NEIGHBOURS = {'data': (), 'convert': (), 'training': ('data',), 'evaluation': ('data', 'training'),
-              'bench': ('data', 'training')}
+              'bench': ('data',)}
 DATA_SEES = ('data', 'batch', 'types', 'method')
 
 HOST_ONLY = ('data', 'batch', 'types', 'method')

@@ -7,8 +7,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from vora_jax.bench import attention as bench
-from vora_jax.bench import sides
+from vora_jax.bench import compare, sides
 from vora_jax.bench.random_batch import draw, parse
 from vora_jax.bench.timing import median_seconds
 from vora_jax.cli.main import main
@@ -56,8 +55,8 @@ def test_json_alone_and_a_soft_cap_that_others_lack(capsys):
 def test_flops_count_the_mask_alone():
     case_ = case()
     area = int(np.maximum(case_.key_range.stop - case_.key_range.start, 0).sum())
-    assert bench.forward_flops(case_.key_range, 2, 16) == 4 * area * 2 * 16
-    (row,), _ = bench.compare(case_, ['xla'], repeats=1, baselines=False)
+    assert compare.forward_flops(case_.key_range, 2, 16) == 4 * area * 2 * 16
+    (row,), _ = compare.compare(case_, ['xla'], repeats=1, baselines=False)
     assert row.forward_flops_per_second * row.forward_seconds == pytest.approx(4 * area * 2 * 16)
     assert row.both_flops_per_second * row.both_seconds == pytest.approx(3.5 * 4 * area * 2 * 16)
 
@@ -87,7 +86,7 @@ def test_splash_is_called_with_causal_segments():
 
 def test_what_would_not_fit_is_left_out(monkeypatch):
     monkeypatch.setattr(sides, 'MAX_DENSE_BYTES', 1000)
-    _, reasons = bench.compare(case(), ['xla'], repeats=1)
+    _, reasons = compare.compare(case(), ['xla'], repeats=1)
     assert 'its scores would take about 0 GiB' in reasons['jax.nn.dot_product_attention']
 
 
@@ -101,7 +100,7 @@ def test_calls_take_turns(monkeypatch):
 def test_peaks_are_known_by_the_name_of_the_device(monkeypatch):
     device = type('Device', (), {'device_kind': 'TPU v5 lite'})
     monkeypatch.setattr(jax, 'devices', lambda: [device])
-    assert bench.peak_flops('bfloat16') == 197e12 and bench.peak_flops('float32') is None
+    assert compare.peak_flops('bfloat16') == 197e12 and compare.peak_flops('float32') is None
 
 
 @pytest.mark.parametrize('arguments, message', [

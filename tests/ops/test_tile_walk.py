@@ -5,6 +5,7 @@ import re
 import jax
 import numpy as np
 import pytest
+from attention_layouts import brute_force_mask
 from tiny_model import quick_jit
 
 from vora_jax.bench.random_batch import Description, draw, parse
@@ -47,14 +48,6 @@ def scattered(seed):
 
 LAYOUTS = {layout.__name__: (layout, keys) for layout, keys in
            ((packed, SLOTS), (own_image_only, SLOTS), (empty_rows, SLOTS), (scattered, 2 * SLOTS))}
-
-
-def mask_of(key_range, num_keys):
-    """bool[B, T, S] by two loops."""
-    mask = np.zeros((*key_range.start.shape, num_keys), bool)
-    for row, query in np.ndindex(*key_range.start.shape):
-        mask[row, query, key_range.start[row, query]:key_range.stop[row, query]] = True
-    return mask
 
 
 def brute_force_map(mask, tile):
@@ -107,7 +100,7 @@ def test_maps_and_walks_equal_plain_loops(layout):
     for tile in TILES:
         for seed in range(8):
             key_range = make(seed)
-            mask = mask_of(key_range, num_keys)
+            mask = brute_force_mask(key_range, num_keys)
             (some, every), *walks = compiled(key_range, num_keys, tile)
             wanted_some, wanted_every = brute_force_map(mask, tile)
             np.testing.assert_array_equal(some, wanted_some)
@@ -146,7 +139,7 @@ def test_the_walk_drawn_in_the_module():
     query = np.arange(12)
     start = np.select([query < 4, query < 8], [0, 4], 8)
     key_range = KeyRange(*(x.astype(np.int32)[None] for x in (start, np.select([query < 4, query < 8], [query + 1, 8], 9))))
-    some, every = brute_force_map(mask_of(key_range, 12), Tile(4, 2))
+    some, every = brute_force_map(brute_force_mask(key_range, 12), Tile(4, 2))
     assert drawing == np.where(every, '#', np.where(some, '/', '.'))[0].tolist()
 
     work = {'both': LOWER | UPPER, 'lower half': LOWER, 'upper half': UPPER, 'full': BODY}

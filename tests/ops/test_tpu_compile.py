@@ -91,6 +91,7 @@ def test_forward_and_backward_compile_everywhere(device_of, case):
 
 OTHERS = {
     'odd head_dim, some queries': (80, 2, jnp.bfloat16, 300),
+    'as much as VMEM takes': (128, 32, jnp.bfloat16, None),
     'wide heads': (256, 8, jnp.bfloat16, None),
     'float32': (128, 4, jnp.float32, None),
     'head_dim 96': (96, 1, jnp.bfloat16, None),

@@ -5,18 +5,18 @@ import functools
 import json
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import tqdm
 
-from vora_jax.bench import attention as bench
+from vora_jax.bench.compare import Timing, compare, peak_flops
 from vora_jax.bench.mask_picture import draw_mask
 from vora_jax.bench.random_batch import CAPTION, SAMPLES, Drawn, draw, parse
 from vora_jax.bench.sides import random_case
 from vora_jax.bench.tile_statistics import TileStatistics, tile_statistics
 from vora_jax.cli.json_report import write_report
-from vora_jax.ops.attention import choose
+from vora_jax.ops.attention import Implementation, choose
 from vora_jax.ops.tile_walk import Tile
 from vora_jax.types import UserError
 
@@ -30,7 +30,7 @@ rounds in which all take turns, after compilation.
 """
 EXAMPLE = 'vora bench attention --slots 8192 --samples "2x256-1024@.5, text@.5" --tile 128x512,256x256 --draw mask.png'
 
-IMPLEMENTATIONS = ('auto', 'reference', 'xla', 'pallas_tpu', 'pallas_gpu')
+IMPLEMENTATIONS = get_args(Implementation)
 # Defaults on CPUs, where the whole takes less than a minute, and on accelerators.
 SIZES = {'slots': (4096, 8192), 'heads': (4, 16), 'kv_heads': (2, 4), 'head_dim': (64, 128),
          'dtype': ('float32', 'bfloat16')}
@@ -73,11 +73,11 @@ def run(args: argparse.Namespace) -> int:
     case = random_case(drawn.key_range, drawn.segment_id, args.heads, args.kv_heads, args.head_dim, args.dtype, args.seed,
                        args.soft_cap)
     chosen = choose(case.q, case.k, case.v)
-    timings, reasons = bench.compare(case, names, args.repeats, not args.no_baselines,
+    timings, reasons = compare(case, names, args.repeats, not args.no_baselines,
                                      functools.partial(tqdm.tqdm, leave=False, disable=None))
     if not {row.name for row in timings} & set(names):
         raise UserError(f'--implementation {args.implementation} cannot run here ({reasons[names[0]]}); choose auto.')
-    peak = bench.peak_flops(args.dtype)
+    peak = peak_flops(args.dtype)
     if args.json:
         results = {**_described(args, drawn), 'device': jax.devices()[0].device_kind, 'peak_flops_per_second': peak,
                    'auto': chosen._asdict(), 'tiles': [_tile_row(row) for row in statistics],
@@ -101,7 +101,7 @@ def tile_table(statistics: Sequence[TileStatistics]) -> list[str]:
     return _aligned(rows)
 
 
-def timing_table(timings: Sequence[bench.Timing], peak: float | None) -> list[str]:
+def timing_table(timings: Sequence[Timing], peak: float | None) -> list[str]:
     """Aligned lines: what each implementation took."""
     share = ('of peak',) * bool(peak)
     rows = [('', 'forward ms', 'GFLOP/s', *share, 'with backward ms', 'GFLOP/s', *share, 'differs by')]

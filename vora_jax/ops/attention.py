@@ -17,16 +17,18 @@ Query t of a row sees the keys `start[t] <= s < stop[t]`. A packed row of two sa
 In tiles of 3 queries x 3 keys that is `/ . .`, `/ / .`, `. / /` (`.` empty, `/` partial, `#` full; longer rows have full
 ones): implementations visit no empty tile and mask no full one. Masks are data: one compilation serves any of a shape.
 
-To add an implementation: a module with `forward`, `backward` and `refuses` (see `Kernels`), a line in `kernels`, and a
-line in IMPLEMENTATIONS of tests/ops/test_attention.py, which holds it to float64.
+To add an implementation: a module with `forward`, `backward` and `refuses` (see `Kernels`), its name in `Implementation`,
+a line in `kernels` (and in PLATFORM_KERNELS, if `auto` is to take it), and one in IMPLEMENTATIONS of
+tests/ops/test_attention_layouts.py, which holds it to float64.
 """
 import functools
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 
+from vora_jax.ops.key_range import sum_dtype
 from vora_jax.types import KeyRange
 
 Implementation = Literal['auto', 'reference', 'xla', 'pallas_tpu', 'pallas_gpu']
@@ -68,15 +70,20 @@ def attention(q, k, v, key_range: KeyRange, *, implementation: Implementation | 
     Args:
         q: f[B, T, N, H] queries, unscaled; the scale is `H ** -0.5`. T and S may differ.
         k, v: f[B, S, K, H] keys and values; N is a multiple of K and each group of N / K query heads shares one.
-        key_range: i32[B, T] twice, within [0, S]. A query with an empty range gives 0 and has zero gradients.
+        key_range: i32[B, T] twice. A query with an empty range gives 0 and has zero gradients.
         implementation: `reference` (dense), `xla` (blocked, never `[T, S]` for all blocks), `pallas_tpu` and `pallas_gpu`
             (tiles in one kernel), `auto`: what `choose` says for the platform and the shape, or `Kernels` of one's own.
         soft_cap: bounds scores, `cap * tanh(score / cap)` (Gemma 2); None: no bound.
 
+    All values must be finite, also those of slots that nobody sees. In float32 the Pallas kernels multiply in full, the
+    others as `jax_default_matmul_precision` says. Without `jax_enable_x64`, except for `reference`.
+
     Raises:
         ValueError: an unknown implementation, heads that do not divide, or a request that it cannot serve.
     """
+    check_soft_cap(soft_cap)
     implementation = resolve(q, k, v, implementation).implementation
+    key_range = KeyRange(jnp.maximum(key_range.start, 0), jnp.minimum(key_range.stop, k.shape[1]))
     return _attention(q, k, v, key_range, implementation, soft_cap)
 
 
@@ -95,8 +102,14 @@ def resolve(q, k, v, implementation: Implementation | Kernels, platform: str | N
     else:
         reason = kernels(implementation).refuses(q, k, v)
     if reason:
-        raise ValueError(f'attention: {implementation} cannot serve this: {reason}. Choose auto or xla.')
+        raise ValueError(f'attention: {implementation} cannot serve this: {reason}. Choose auto.')
     return Choice(implementation, 'asked for')
+
+
+def check_soft_cap(soft_cap: float | None) -> None:
+    """Raises ValueError for a cap that bounds nothing."""
+    if soft_cap is not None and not soft_cap > 0:
+        raise ValueError(f'attention: soft_cap is {soft_cap}; it must be above 0, or None for no bound.')
 
 
 def choose(q, k, v, platform: str | None = None) -> Choice:
@@ -104,6 +117,8 @@ def choose(q, k, v, platform: str | None = None) -> Choice:
     platform = jax.default_backend() if platform is None else platform
     if k.shape[1] <= MAX_DENSE_KEYS:
         return Choice('reference', f'{k.shape[1]} keys are one tile')
+    if q.dtype == jnp.float64:
+        return Choice('reference', 'only it computes in float64')
     kernel = PLATFORM_KERNELS.get(platform)
     if kernel is None:
         return Choice('xla', f'{platform} has no kernel of its own')
@@ -126,14 +141,14 @@ def kernels(implementation: Implementation | Kernels) -> Kernels:
     elif implementation == 'pallas_gpu':
         from vora_jax.ops import range_attention_gpu as module
     else:
-        raise ValueError(f'attention: no implementation {implementation!r}; choose auto, reference, xla, pallas_tpu or '
-                         'pallas_gpu.')
+        raise ValueError(f'attention: no implementation {implementation!r}; choose one of '
+                         f'{", ".join(get_args(Implementation))}.')
     return Kernels(module.forward, module.backward, module.refuses)
 
 
 def softmax_delta(out, d_out):
     """f32[B, N, T]: `sum(d_out * out)` over H, the softmax's own term of the backward pass."""
-    dtype = jnp.float64 if out.dtype == jnp.float64 else jnp.float32
+    dtype = sum_dtype(out)
     return jnp.sum(d_out.astype(dtype) * out.astype(dtype), axis=-1).swapaxes(1, 2)
 
 

@@ -31,7 +31,7 @@ class Limits(NamedTuple):
 
 def refuses(q, k, v) -> str:
     """Why these inputs cannot be served; '' where they can."""
-    return 'it computes in float32, not float64' if q.dtype == jnp.float64 else ''
+    return 'it computes in float32, not float64' if jnp.float64 in (q.dtype, k.dtype, v.dtype) else ''
 
 
 def forward(q, k, v, key_range: KeyRange, soft_cap: float | None = None, *, query_block: int = 128, key_block: int = 128):

@@ -9,6 +9,11 @@ from vora_jax.types import KeyRange
 MASKED = -1e30
 
 
+def sum_dtype(x) -> jnp.dtype:
+    """What scores and sums over `x` are kept in: float64 for float64, else float32."""
+    return jnp.dtype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
+
+
 def dense_mask(key_range: KeyRange, num_keys: int) -> jax.Array:
     """bool[B, T, S]: True where query t sees key s, i.e. `start[t] <= s < stop[t]`. Only references build it."""
     keys = jnp.arange(num_keys, dtype=jnp.int32)[None, None]

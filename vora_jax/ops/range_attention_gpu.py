@@ -182,7 +182,7 @@ def _forward_kernel(visits_ref, start_ref, stop_ref, q_ref, k_ref, v_ref, out_re
             keys = _slots(key_tile, problem.keys)[None, :]
             scores = jnp.where((start <= keys) & (keys < stop), scores, -jnp.inf)
         new_peak = jnp.maximum(peak, jnp.max(scores, axis=1))
-        weights = jnp.exp2(scores * to_log2 - (new_peak * to_log2)[:, None])
+        weights = jnp.exp2((scores - new_peak[:, None]) * to_log2)
         shrink = jnp.exp2((peak - new_peak) * to_log2)
         v = _load(v_ref, key_tile, kv_head, problem.keys, problem, masked)
         out = out * shrink[:, None] + _dot(weights.astype(v.dtype), v)
@@ -210,7 +210,7 @@ def _d_q_kernel(visits_ref, start_ref, stop_ref, q_ref, k_ref, v_ref, d_out_ref,
         key_tile = visits_ref[tile, COUNTS + index]
         k, v = (_load(ref, key_tile, kv_head, problem.keys, problem, masked) for ref in (k_ref, v_ref))
         scores = _scores(q, k, problem)
-        weights = jnp.exp2((scores * problem.unit - log_sum) * LOG2_E)
+        weights = jnp.exp2(jnp.minimum((scores * problem.unit - log_sum) * LOG2_E, 0.0))
         if masked:
             keys = _slots(key_tile, problem.keys)[None, :]
             weights = jnp.where((start <= keys) & (keys < stop), weights, 0.0)
@@ -234,7 +234,7 @@ def _d_kv_kernel(visits_ref, start_ref, stop_ref, q_ref, k_ref, v_ref, d_out_ref
         q, d_out = (_load(ref, query_tile, head, problem.queries, problem, masked) for ref in (q_ref, d_out_ref))
         log_sum, delta = (_load_row(ref, query_tile, head, problem, masked)[None, :] for ref in (log_sum_ref, delta_ref))
         scores = _scores(k, q, problem)
-        weights = jnp.exp2((scores * problem.unit - log_sum) * LOG2_E)
+        weights = jnp.exp2(jnp.minimum((scores * problem.unit - log_sum) * LOG2_E, 0.0))
         if masked:
             start, stop = (_load_range(ref, query_tile, problem)[None, :] for ref in (start_ref, stop_ref))
             weights = jnp.where((start <= keys) & (keys < stop), weights, 0.0)
@@ -260,7 +260,7 @@ def _scores(a, b, problem: Problem):
     scores = _dot(a, b.T)
     if problem.soft_cap is None:
         return scores
-    # tanh(x) = 1 - 2 / (exp(2 x) + 1): a quarter of the instructions of `tanh`; errors of 1e-7 are small beside the cap.
+    # tanh(x) = 1 - 2 / (exp(2 x) + 1): a quarter of the instructions of `tanh`; errors are some 1e-7 of the cap.
     return 1.0 - 2.0 / (jnp.exp2(scores * (2 * LOG2_E * problem.head_dim**-0.5 / problem.soft_cap)) + 1.0)
 
 

@@ -30,7 +30,8 @@ LANES = 128
 LOG2_E = math.log2(math.e)
 MAX_VISITS = 2**16  # words that a walk may take of scalar memory (256 KiB)
 MAX_RESIDENT_BYTES = 4 * 2**20  # of f32 d_q in VMEM
-VMEM_LIMIT_BYTES = 32 * 2**20  # every generation has as much
+VMEM_LIMIT_BYTES = 32 * 2**20  # v4 and later have as much
+MAX_TILE_BYTES = 2**20  # of queries: products of larger tiles leave VMEM
 
 
 class _Sizes(NamedTuple):
@@ -63,8 +64,11 @@ def refuses(q, k, v) -> str:
         return f'queries, keys and values are {q.dtype}, {k.dtype}, {v.dtype}; it takes all float32 or all bfloat16'
     if q.shape[-1] % 8 or q.shape[-1] > 256:
         return f'head_dim is {q.shape[-1]}; it takes multiples of 8 up to 256'
-    if not default_tile(q, k):
+    tile, group = default_tile(q, k), q.shape[2] // k.shape[2]
+    if not tile:
         return f'{q.shape[0]} rows of {q.shape[1]} x {k.shape[1]} slots have too many tiles'
+    if group * tile.queries * q.shape[-1] * q.dtype.itemsize > MAX_TILE_BYTES:
+        return f'{group} query heads of head_dim {q.shape[-1]} share a kv head, too much {q.dtype} for VMEM'
     return ''
 
 
@@ -136,7 +140,7 @@ def _forward_kernel(sizes, words, q_ref, k_ref, v_ref, ranges_ref, out_ref, log_
     """One visit: adds a tile of keys to the running softmax of a tile of queries."""
     word = words[pl.program_id(1)]
     _, _, key_tile = unpack(word, sizes.query_tiles, sizes.key_tiles)
-    factor = LOG2_E if sizes.soft_cap else sizes.scale * LOG2_E
+    factor = sizes.scale * LOG2_E if sizes.soft_cap is None else LOG2_E
 
     @pl.when(word & FIRST != 0)
     def _():
@@ -147,7 +151,7 @@ def _forward_kernel(sizes, words, q_ref, k_ref, v_ref, ranges_ref, out_ref, log_
     def visit(keys, is_full):
         queries = q_ref[0, 0].reshape(sizes.rows, sizes.head_dim)
         scores = _dot(sizes, queries, k_ref[0, 0, keys], 1, 1)
-        if sizes.soft_cap:
+        if sizes.soft_cap is not None:
             scores = jnp.tanh(scores * (sizes.scale / sizes.soft_cap)) * sizes.soft_cap
         if not is_full:
             first_key = key_tile * sizes.tile.keys + keys.start
@@ -184,12 +188,12 @@ def _weights_and_d_scores(sizes, key_tile, keys, is_full, q_ref, k_ref, v_ref, d
     queries, d_outs = (ref[0, 0].reshape(sizes.rows, sizes.head_dim) for ref in (q_ref, d_out_ref))
     scores = _dot(sizes, k_ref[0, 0, keys], queries, 1, 1)
     bent = None
-    if sizes.soft_cap:
+    if sizes.soft_cap is not None:
         bent = jnp.tanh(scores * (sizes.scale / sizes.soft_cap))
         scores = bent * (sizes.soft_cap * LOG2_E)
     else:
         scores = scores * (sizes.scale * LOG2_E)
-    weights = jnp.exp2(scores - _row(log_sum_ref, sizes))
+    weights = jnp.exp2(jnp.minimum(scores - _row(log_sum_ref, sizes), 0.0))  # huge scores are rounded past their sum
     if not is_full:
         first_key = key_tile * sizes.tile.keys + keys.start
         key = first_key + lax.broadcasted_iota(jnp.int32, (keys.size, sizes.tile.queries), 0)

@@ -5,7 +5,7 @@ keys.
 """
 import jax.numpy as jnp
 
-from vora_jax.ops.key_range import MASKED, dense_mask
+from vora_jax.ops.key_range import MASKED, dense_mask, sum_dtype
 from vora_jax.types import KeyRange
 
 
@@ -64,7 +64,7 @@ def _rows(x):
 
 def _scores(rows, keys, key_range: KeyRange, soft_cap: float | None):
     """Scaled scores f[B, K, G, T, S], their mask, and the derivative of the soft cap."""
-    dtype = jnp.float64 if rows.dtype == jnp.float64 else jnp.float32
+    dtype = sum_dtype(rows)
     batch, num_kv_heads, _, head_dim = rows.shape
     scores = jnp.matmul(rows, keys, preferred_element_type=dtype) * (head_dim**-0.5)
     scores = scores.reshape(batch, num_kv_heads, -1, key_range.start.shape[1], keys.shape[-1])

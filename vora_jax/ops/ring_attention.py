@@ -28,7 +28,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vora_jax.ops.attention import Implementation, Kernels, kernels, resolve, softmax_delta
+from vora_jax.ops.attention import Implementation, Kernels, check_soft_cap, kernels, resolve, softmax_delta
+from vora_jax.ops.key_range import sum_dtype
 from vora_jax.types import KeyRange
 
 Split = Literal['contiguous', 'zigzag']
@@ -72,6 +73,7 @@ def ring_attention(q, k, v, key_range: KeyRange, *, axis: str, split: Split = 'c
         split: which slots a shard holds.
         implementation, soft_cap: as in `ops.attention.attention`. Half precision: each visit's result is rounded to it.
     """
+    check_soft_cap(soft_cap)
     implementation = resolve(q, k, v, implementation).implementation
     return _ring(q, k, v, key_range, axis, split, implementation, soft_cap)
 
@@ -104,7 +106,7 @@ def _ring(q, k, v, key_range, axis, split, implementation, soft_cap):
 
 
 def _forward(q, k, v, key_range, axis, split, implementation, soft_cap):
-    attend, wide = kernels(implementation).forward, _wide(q)
+    attend, wide = kernels(implementation).forward, sum_dtype(q)
 
     def visit(step, k, v, merged):
         local, seen = _visiting(key_range, step, k.shape[1], axis, split)
@@ -128,7 +130,7 @@ def _forward(q, k, v, key_range, axis, split, implementation, soft_cap):
 
 def _backward(axis, split, implementation, soft_cap, residuals, d_out):
     q, k, v, key_range, out, log_sum = residuals
-    attend_back, wide, delta = kernels(implementation).backward, _wide(q), softmax_delta(out, d_out)
+    attend_back, wide, delta = kernels(implementation).backward, sum_dtype(q), softmax_delta(out, d_out)
 
     def visit(step, k, v):
         """(d_q, d_k, d_v) of the pairs of this shard's queries and a visitor's keys."""
@@ -167,8 +169,3 @@ def _merge(one, other):
 
     merged = out * share(weight) + other_out.astype(out.dtype) * share(other_weight)
     return merged, peak + jnp.log(total)
-
-
-def _wide(q):
-    """What sums are kept in."""
-    return jnp.float64 if q.dtype == jnp.float64 else jnp.float32

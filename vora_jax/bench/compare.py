@@ -66,7 +66,7 @@ def compare(case: Case, implementations: Sequence[str], repeats: int, baselines:
     timings = []
     for name, side in sides.items():
         forward, both = seconds[name, 'forward'], seconds[name, 'both']
-        difference = float(np.abs((outputs[name] - first) * seen).max()) if side.same_mask else None
+        difference = float(np.abs(np.where(seen, outputs[name] - first, 0)).max()) if side.same_mask else None
         timings.append(Timing(name, forward, both, flops / forward, 3.5 * flops / both, difference))
     return timings, reasons
 
