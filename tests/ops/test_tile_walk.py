@@ -187,3 +187,8 @@ def test_area_visited_of_a_packed_batch(tile, per_true, loaded_per_true, per_cau
     assert means[0] <= 1.5 and means[1] <= 0.45
     assert means == pytest.approx([per_true, per_causal, 0.1228], abs=1e-3)
     assert np.mean([one.loaded / one.density for one in found]) == pytest.approx(loaded_per_true, abs=1e-3)
+
+
+def test_a_tile_without_halves_is_refused():
+    with pytest.raises(ValueError, match='a tile of 3 keys has no halves'):
+        tile_walk(packed(0), SLOTS, Tile(4, 3))

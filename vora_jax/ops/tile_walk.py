@@ -56,7 +56,12 @@ def tile_walk(key_range: KeyRange, num_keys: int, tile: Tile, by_key: bool = Fal
     """The visits of all rows: row by row, query tile by query tile (`by_key`: key tile by key tile), in order.
 
     A query tile (key tile) that nothing is visited for gets one visit of neither half, which writes its zeros.
+
+    Raises:
+        ValueError: the tile's keys have no halves.
     """
+    if tile.keys % 2:
+        raise ValueError(f'tile_walk: a tile of {tile.keys} keys has no halves; choose an even number.')
     halves = tile_map(key_range, num_keys, tile._replace(keys=tile.keys // 2))
     (lower, upper), (full, also_full) = ((x[..., ::2], x[..., 1::2]) for x in halves)
     run, full = lower | upper, lower & full & also_full
