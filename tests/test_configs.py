@@ -138,7 +138,7 @@ def test_stage_takes_a_step_at_debug_size(name):
     rule = config.method.vision_tokens
     batch = seen_and_answered(rule, 2 * config.accumulation)
     step, plan = make(config, batch)
-    nothing = jax.tree.map(lambda s: jax.numpy.zeros(s.shape, s.dtype), plan.state)
+    nothing = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), plan.state)
     state, frozen = nothing._replace(trainable=fill(plan.state.trainable)), fill(plan.frozen)
     after = state
     for _ in range(2):  # the first step of a warm-up may have a rate of 0
@@ -172,4 +172,4 @@ def make(config, batch):
 def fill(tree):
     """Small random numbers in place of shapes."""
     rng = np.random.default_rng(0)
-    return jax.tree.map(lambda s: jax.numpy.asarray(rng.normal(0, 0.1, s.shape), s.dtype), tree)
+    return jax.tree.map(lambda s: rng.normal(0, 0.1, s.shape).astype(s.dtype), tree)

@@ -38,7 +38,7 @@ def write(folder: pathlib.Path, name: str, config_text: str) -> str:
     model = config.method.stage(config.stage).model
     rng = np.random.default_rng(0)
     shapes = flatten(nn.unbox(jax.eval_shape(model.init, jax.random.key(0), smallest_batch(model))['params']))
-    params = unflatten({path: jnp.asarray(rng.normal(size=leaf.shape) * 0.3, jnp.float32)
+    params = unflatten({path: jnp.asarray((rng.normal(size=leaf.shape) * 0.3).astype(np.float32))
                         for path, leaf in shapes.items()})
     write_checkpoint(folder / name, params, text, str(folder / 'tokenizer'), origin='test')
     return str(folder / name)

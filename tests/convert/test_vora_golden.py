@@ -33,6 +33,7 @@ from vora_jax.types import Params
 
 HERE = pathlib.Path(__file__).parent / 'vora_golden'
 IMAGE, IGNORED, PATCH = -200, -100, 14
+MAX_PATCHES = 3 * 4 * 4  # in a row of any case
 CASES = ('img2_pad', 'text_only', 'two_images', 'adjacent', 'small_wide')
 # The teacher's number of heads stands in its own config.json, which a VoRA checkpoint does not hold.
 TEACHER_HEADS = 4
@@ -65,12 +66,15 @@ def imported(golden):
     return states
 
 
-def batch_of(case, cases, rule):
-    """The case's samples as rows of our own packing, at the case's length."""
+def batch_of(case, cases, rule, padded=False):
+    """The case's samples as rows of our own packing, at the case's length or at that of all cases."""
     ids, labels, mask = (cases[f'{case}/{name}'] for name in ('input_ids', 'labels', 'attention_mask'))
     grid = tuple(side // PATCH for side in cases[f'{case}/frames'].shape[2:])
     frames, rows, length = iter(cases[f'{case}/frames']), [], cases[f'{case}/targets'].shape[1]
-    budgets = Budgets(length, 3 * grid[0] * grid[1], 3, 3 * PATCH**2, 'float32')
+    if padded:
+        length = max(cases[f'{name}/targets'].shape[1] for name in CASES)
+    patches = MAX_PATCHES if padded else 3 * grid[0] * grid[1]
+    budgets = Budgets(length, patches, 3, 3 * PATCH**2, 'float32')
     for row in range(len(ids)):
         segment = []
         for token, label in zip(ids[row][mask[row] > 0].tolist(), labels[row][mask[row] > 0].tolist()):
@@ -94,36 +98,53 @@ def test_masks_and_targets(case, golden, imported):
     np.testing.assert_array_equal(shifted, cases[f'{case}/targets'][:, 1:])
 
 
-@pytest.mark.parametrize('case', CASES)
-def test_hidden_states_and_logits(case, golden, imported):
-    cases, state = golden[0], imported['state_pretrain']
-    batch = batch_of(case, cases, state.method.vision_tokens)
-    real, model = batch.modality > 0, state.model
+@pytest.fixture(scope='module')
+def states(imported):
+    """Compiled (params, batch) -> embeddings, states leaving each layer, hidden, logits."""
+    model = imported['state_pretrain'].model
     groups = tuple(LayerGroup(group.num_layers, group.adapters, True, group.biases) for group in model.groups)
 
-    def run(params):
+    @quick_jit
+    def run(params, batch):
         x = model.apply({'params': params}, batch, method='embed')
         hidden, _, leaving = Decoder(model.llm, groups, lambda: Tap(name='tap')).apply(
             {'params': params['decoder']}, x, batch.positions, SlotContext(batch.key_range, batch.modality), None, ())
         return x, leaving, hidden, hidden @ model.unembedding(params)
 
-    x, leaving, hidden, logits = jax.tree.map(np.asarray, quick_jit(run)(state.params))
+    return run
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_hidden_states_and_logits(case, golden, imported, states):
+    cases, state = golden[0], imported['state_pretrain']
+    batch = batch_of(case, cases, state.method.vision_tokens, padded=True)
+    length = cases[f'{case}/targets'].shape[1]
+    real = batch.modality[:, :length] > 0
+    assert not batch.modality[:, length:].any()
+    x, leaving, hidden, logits = (np.asarray(value)[..., :length, :] for value in states(state.params, batch))
     for index, ours in enumerate((x, *leaving[:-1], hidden)):
         theirs = cases[f'{case}/hidden_{index}']
         assert np.max(np.abs(ours - theirs)[real]) <= 1e-5, index  # measured: 3e-6
     assert np.max(np.abs(logits - cases[f'{case}/logits'])[real]) <= 1e-5
 
 
-@pytest.mark.parametrize('case', CASES)
-def test_losses_and_gradients(case, golden, imported):
-    (cases, report), state = golden, imported['state_pretrain']
-    batch, metrics = batch_of(case, cases, state.method.vision_tokens), report['meta'][case]['metrics']
-    trainable, frozen = partition(state.params, state.stage.trainable)
+@pytest.fixture(scope='module')
+def losses(imported):
+    """Compiled (trainable, frozen, batch) -> (loss, its parts), gradients."""
+    state = imported['state_pretrain']
 
     def loss(trainable, frozen, batch):
         return objective(state.model, combine(frozen, trainable), batch, totals(batch), state.stage.distill_weight)
 
-    (total, parts), gradients = quick_jit(jax.value_and_grad(loss, has_aux=True))(trainable, frozen, batch)
+    return quick_jit(jax.value_and_grad(loss, has_aux=True))
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_losses_and_gradients(case, golden, imported, losses):
+    (cases, report), state = golden, imported['state_pretrain']
+    batch, metrics = batch_of(case, cases, state.method.vision_tokens, padded=True), report['meta'][case]['metrics']
+    trainable, frozen = partition(state.params, state.stage.trainable)
+    (total, parts), gradients = losses(trainable, frozen, batch)
     np.testing.assert_allclose(parts['lm_loss'], metrics['llm_loss'], rtol=0, atol=1e-5)
     np.testing.assert_allclose(total, metrics['total_loss'], rtol=0, atol=1e-5)
     for layer, value in enumerate(np.asarray(parts['distill_layers'])):

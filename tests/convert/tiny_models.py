@@ -166,8 +166,8 @@ def random_params(model):
     """Every parameter random, adapters too; large enough that logits are of order 1."""
     shapes = flatten(nn.unbox(jax.eval_shape(model.init, jax.random.key(0), smallest_batch(model))['params']))
     rng = np.random.default_rng(7)
-    return unflatten({path: jnp.asarray(rng.normal(size=leaf.shape) * 0.2 + path.endswith('scale'), jnp.float32)
-                      for path, leaf in shapes.items()})
+    drawn = {path: rng.normal(size=leaf.shape) * 0.2 + path.endswith('scale') for path, leaf in shapes.items()}
+    return unflatten({path: jnp.asarray(array.astype(np.float32)) for path, array in drawn.items()})
 
 
 def prompting(tokenizer: str, **changes) -> Prompting:
