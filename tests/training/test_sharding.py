@@ -75,7 +75,7 @@ class FakeDevice(types.SimpleNamespace):
 
 def fake_mesh(**of_each):
     """A mesh of two devices on each of data and tensor, which no program can run on."""
-    devices = [FakeDevice(id=i, **{name: value(i) for name, value in of_each.items()}) for i in range(4)]
+    devices = [FakeDevice(id=i, device_kind='fake', **{name: value(i) for name, value in of_each.items()}) for i in range(4)]
     return jax.sharding.Mesh(np.array(devices).reshape(2, 1, 1, 2), sharding.AXES)
 
 
