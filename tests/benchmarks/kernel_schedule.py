@@ -5,8 +5,7 @@
 libtpu (extra `plan`) writes the final schedule of each kernel as text; a body is a region of it. Bundles are not cycles:
 they compare bodies of the same work. Work here: 512 rows x 512 keys of head_dim 128 and 64, bf16; a row is a query of one
 head (ours: 4 query heads x 128 queries of a kv head; splash: 512 queries of a head). Splash always masks, causally and by
-segment;
-ours has a body each for half tiles, full and partial ones (in this order).
+segment; ours has a body each for half tiles, full and partial ones (in this order).
 """
 import argparse
 import functools
@@ -17,6 +16,9 @@ import subprocess
 import sys
 import tempfile
 
+# libtpu looks for a TPU machine around it, and locks the chips it finds.
+ENVIRONMENT = {'TPU_SKIP_MDS_QUERY': '1', 'TPU_WORKER_HOSTNAMES': 'localhost', 'TPU_ACCELERATOR_TYPE': 'v5litepod-4',
+               'TPU_MIN_LOG_LEVEL': '3', 'TPU_STDERR_LOG_LEVEL': '3', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
 SLOTS, GROUP, KV_HEADS = 4096, 4, 4
 KERNELS = ('forward', 'resident backward', 'walked backward', 'splash forward', 'splash backward', 'splash fused backward')
 
@@ -95,10 +97,8 @@ def bodies(folder: pathlib.Path) -> dict[str, list[int]]:
 
 def measure(kernel: str, head_dim: int, topology: str, tile: str) -> dict[str, list[int]]:
     with tempfile.TemporaryDirectory() as folder:
-        environment = os.environ | {
-            'LIBTPU_INIT_ARGS': f'--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true', 'JAX_PLATFORMS': 'cpu',
-            'TPU_SKIP_MDS_QUERY': '1', 'TPU_WORKER_HOSTNAMES': 'localhost', 'TPU_ACCELERATOR_TYPE': 'v5litepod-4',
-            'TPU_MIN_LOG_LEVEL': '3', 'TPU_STDERR_LOG_LEVEL': '3', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
+        environment = os.environ | ENVIRONMENT | {
+            'LIBTPU_INIT_ARGS': f'--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true', 'JAX_PLATFORMS': 'cpu'}
         command = [sys.executable, __file__, '--compile', kernel, str(head_dim), topology, tile]
         subprocess.run(command, env=environment, check=True)
         return bodies(pathlib.Path(folder))

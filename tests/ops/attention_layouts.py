@@ -2,6 +2,8 @@
 import numpy as np
 from hypothesis import strategies
 
+from vora_jax.ops import blocked_attention
+from vora_jax.ops.attention import softmax_delta
 from vora_jax.types import KeyRange
 
 # A row is a list of runs. A `segment` run begins a sample; text is causal; an image's slots see all of it; a gap is padding.
@@ -78,13 +80,17 @@ def dense(q, k, v, d_out, mask, soft_cap=None):
 
 def both_ways(module, forward_options=(), backward_options=()):
     """(q, k, v, d_out, key_range, soft_cap) -> (out, (d_q, d_k, d_v)) of an implementation's module."""
-    from vora_jax.ops.attention import softmax_delta
-
     def run(q, k, v, d_out, key_range, soft_cap=None):
         out, log_sum = module.forward(q, k, v, key_range, soft_cap, **dict(forward_options))
         delta = softmax_delta(out, d_out)
         return out, module.backward(q, k, v, key_range, log_sum, delta, d_out, soft_cap, **dict(backward_options))
     return run
+
+
+def in_blocks(query_block, key_block):
+    """`both_ways` of blocked attention with small blocks."""
+    options = {'query_block': query_block, 'key_block': key_block}
+    return both_ways(blocked_attention, options, options)
 
 
 def relative_error(actual, expected, least: float = 0.0) -> float:

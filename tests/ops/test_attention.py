@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_layouts import both_ways, brute_force_mask, dense
+from attention_layouts import both_ways, brute_force_mask, dense, in_blocks
 from tiny_model import batch, quick_jit, strict  # noqa: F401
 
 from vora_jax.ops import blocked_attention, reference_attention
@@ -17,14 +17,9 @@ from vora_jax.types import KeyRange
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 8
 
 
-def blocked(query_block, key_block):
-    options = {'query_block': query_block, 'key_block': key_block}
-    return both_ways(blocked_attention, options, options)
-
-
 # Blocks that do not fill a row; tests/ops/test_attention_layouts.py has larger ones and the kernels.
-IMPLEMENTATIONS = {'reference': both_ways(reference_attention), 'blocked 8 16': blocked(8, 16),
-                   'blocked 16 8': blocked(16, 8)}
+IMPLEMENTATIONS = {'reference': both_ways(reference_attention), 'blocked 8 16': in_blocks(8, 16),
+                   'blocked 16 8': in_blocks(16, 8)}
 
 
 def packed(seed, num_slots=45):
@@ -117,7 +112,7 @@ def test_blocked_attention_never_holds_queries_times_keys():
         jaxpr = jax.make_jaxpr(functools.partial(run.__wrapped__, attend))(q, k, v, d_out, key_range)
         return [s for s in shapes(jaxpr.jaxpr) if {60, 64} & set(s) and {90, 96} & set(s)]
     assert square(both_ways(reference_attention))  # the check sees what it looks for
-    assert not square(blocked(8, 16))
+    assert not square(in_blocks(8, 16))
 
 
 @pytest.mark.parametrize('module, growth', [(reference_attention, 8), (blocked_attention, 4)])

@@ -5,11 +5,11 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_layouts import both_ways, brute_force_mask, dense, layouts, relative_error
+from attention_layouts import both_ways, brute_force_mask, dense, in_blocks, layouts, relative_error
 from hypothesis import HealthCheck, given, settings, strategies
 from tiny_model import quick_jit, strict  # noqa: F401
 
-from vora_jax.ops import blocked_attention, range_attention_gpu, range_attention_tpu, reference_attention
+from vora_jax.ops import range_attention_gpu, range_attention_tpu, reference_attention
 from vora_jax.ops.key_range import causal
 from vora_jax.ops.tile_walk import Tile
 
@@ -39,11 +39,6 @@ SHAPES = {
 def on_tpu(resident):
     options = {'tile': Tile(128, 256), 'interpret': True}
     return both_ways(range_attention_tpu, options, options | {'resident': resident})
-
-
-def in_blocks(query_block, key_block):
-    options = {'query_block': query_block, 'key_block': key_block}
-    return both_ways(blocked_attention, options, options)
 
 
 GPU = {'tile': Tile(64, 32), 'interpret': True}

@@ -13,9 +13,6 @@ from vora_jax.ops.attention import attention, choose
 from vora_jax.types import KeyRange
 
 TOPOLOGIES = {'v4': 'v4:2x2x1', 'v5e': 'v5e:2x2', 'v5p': 'v5p:2x2x1', 'v6e': 'v6e:2x2', 'tpu7x': 'tpu7x:2x2x1'}
-# libtpu looks for a TPU machine around it, and locks the chips it finds.
-ENVIRONMENT = {'TPU_SKIP_MDS_QUERY': '1', 'TPU_WORKER_HOSTNAMES': 'localhost', 'TPU_ACCELERATOR_TYPE': 'v5litepod-4',
-               'TPU_MIN_LOG_LEVEL': '3', 'TPU_STDERR_LOG_LEVEL': '3', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
 MIB = 2**20
 
 GRID = [(name, slots, head_dim, group) for name in TOPOLOGIES for slots in (2048, 8192, 32768) for head_dim in (64, 128)
@@ -24,11 +21,23 @@ QUICK = [('v4', 2048, 128, 4), ('v4', 32768, 64, 1), ('v5e', 8192, 128, 4), ('v5
          ('v5p', 2048, 128, 1), ('v6e', 32768, 128, 4), ('tpu7x', 8192, 64, 1)]
 
 
+def load_schedule():
+    """The script tests/benchmarks/kernel_schedule.py as a module."""
+    path = pathlib.Path(__file__).parents[1] / 'benchmarks' / 'kernel_schedule.py'
+    spec = importlib.util.spec_from_file_location('kernel_schedule', path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+kernel_schedule = load_schedule()
+
+
 @pytest.fixture(scope='module')
 def device_of():
     pytest.importorskip('libtpu', reason='needs the extra `plan`: pip install .[plan]')
     before = dict(os.environ)
-    os.environ.update(ENVIRONMENT)
+    os.environ.update(kernel_schedule.ENVIRONMENT)
     jax.config.update('jax_enable_compilation_cache', False)  # it cannot read programs for a machine that is not there
     yield lambda name: topologies.get_topology_desc(platform='tpu', topology_name=TOPOLOGIES[name]).devices[0]
     jax.config.update('jax_enable_compilation_cache', True)
@@ -131,11 +140,7 @@ def test_the_compiler_catches_tiles_that_do_not_fit(device_of, monkeypatch):
 @pytest.mark.slow
 def test_bodies_are_scheduled_as_tightly_as_splash_attention(device_of):
     """Bundles per 512 rows x 512 keys x 128 on v5e: full tiles at most splash's, partial ones at most 1.05 times."""
-    path = pathlib.Path(__file__).parents[1] / 'benchmarks' / 'kernel_schedule.py'
-    spec = importlib.util.spec_from_file_location('kernel_schedule', path)
-    schedule = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(schedule)
-    (_, full, partial), = schedule.measure('forward', 128, TOPOLOGIES['v5e'], '').values()
-    splash, = [bundles[-1] for bundles in schedule.measure('splash forward', 128, TOPOLOGIES['v5e'], '').values()]
+    (_, full, partial), = kernel_schedule.measure('forward', 128, TOPOLOGIES['v5e'], '').values()
+    splash, = [bundles[-1] for bundles in kernel_schedule.measure('splash forward', 128, TOPOLOGIES['v5e'], '').values()]
     print(f'full {full}, partial {partial}, splash {splash}')
     assert full <= splash and partial <= 1.05 * splash

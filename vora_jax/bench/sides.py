@@ -105,10 +105,9 @@ def torch_attention(case: Case) -> Side:
     if case.soft_cap is not None:
         raise ValueError('it has no soft cap')
     from vora_jax.bench.torch_attention import masked_attention
-    start, stop = (np.asarray(x)[..., None] for x in case.key_range)
-    keys = np.arange(case.k.shape[1])
+    mask = np.array(dense_mask(case.key_range, case.k.shape[1]))
     arrays = [np.array(x, np.float32) for x in (case.q, case.k, case.v, case.d_out)]
-    calls = masked_attention(*arrays, (keys >= start) & (keys < stop), str(case.q.dtype), jax.default_backend())
+    calls = masked_attention(*arrays, mask, str(case.q.dtype), jax.default_backend())
     return Side(*calls)
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import numpy as np
 
 from vora_jax.ops.key_range import causal
-from vora_jax.ops.tile_walk import Tile, tile_map
+from vora_jax.ops.tile_walk import Tile, half_map
 from vora_jax.types import KeyRange
 
 
@@ -61,9 +61,8 @@ def maps(key_range: KeyRange, num_keys: int, tile: Tile) -> tuple[np.ndarray, np
     """
     missing = -key_range.start.shape[1] % tile.queries
     padded = KeyRange(*(np.pad(np.asarray(x), ((0, 0), (0, missing))) for x in key_range))
-    some, every = tile_map(padded, num_keys + -num_keys % tile.keys, tile._replace(keys=tile.keys // 2))
-    some, every = (np.asarray(x).reshape(*x.shape[:2], -1, 2) for x in (some, every))
-    return some, every.all(-1)
+    *halves, full = map(np.asarray, half_map(padded, num_keys + -num_keys % tile.keys, tile))
+    return np.stack(halves, axis=-1), full
 
 
 def true_area(key_range: KeyRange) -> int:

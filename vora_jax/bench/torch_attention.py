@@ -23,12 +23,11 @@ def masked_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, d_out: np.ndar
         raise ValueError(f'this torch does not run on the {platform}')
     q, k, v, d_out = (torch.from_numpy(x).to(device, getattr(torch, dtype)).transpose(1, 2).contiguous()
                       for x in (q, k, v, d_out))
-    mask, group = torch.from_numpy(mask)[:, None].to(device), q.shape[1] // k.shape[1]
+    mask = torch.from_numpy(mask)[:, None].to(device)
     inputs = [x.requires_grad_() for x in (q, k, v)]
 
     def attend():
-        # Repeated heads reach the fused kernels; on CPUs `enable_gqa` does not.
-        return scaled_dot_product_attention(q, *(x.repeat_interleave(group, dim=1) for x in (k, v)), attn_mask=mask)
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
 
     def finished(result):
         if device == 'cuda':

@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
                        args.soft_cap)
     chosen = choose(case.q, case.k, case.v)
     timings, reasons = compare(case, names, args.repeats, not args.no_baselines,
-                                     functools.partial(tqdm.tqdm, leave=False, disable=None))
+                               functools.partial(tqdm.tqdm, leave=False, disable=None))
     if not {row.name for row in timings} & set(names):
         raise UserError(f'--implementation {args.implementation} cannot run here ({reasons[names[0]]}); choose auto.')
     peak = peak_flops(args.dtype)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from vora_jax.ops.key_range import MASKED
+from vora_jax.ops.key_range import MASKED, soft_capped
 from vora_jax.types import KeyRange
 
 # No score is as low; exp(MASKED - HALF_MASKED) is 0, also for a query whose peak or log-sum-exp is itself MASKED.
@@ -148,11 +148,7 @@ def _add(x, tile, index):
 
 def _scores(query, key, limits: Limits, first_key, soft_cap: float | None):
     """(scaled scores f32[K, G * t, s], MASKED outside of the ranges, the derivative of the soft cap)."""
-    scores = _matmul_turned(query, key) * (query.shape[-1] ** -0.5)
-    slope = 1.0
-    if soft_cap is not None:
-        bent = jnp.tanh(scores / soft_cap)
-        scores, slope = bent * soft_cap, 1 - bent * bent
+    scores, slope = soft_capped(_matmul_turned(query, key) * (query.shape[-1] ** -0.5), soft_cap)
     slots = first_key + jnp.arange(key.shape[1], dtype=jnp.int32)[None]
     mask = (slots >= limits.start) & (slots < limits.stop)
     grouped = scores.reshape(scores.shape[0], -1, *mask.shape)

@@ -1,4 +1,4 @@
-"""Key ranges as dense masks, for references."""
+"""Key ranges as dense masks, and the numerics that implementations of attention share."""
 import jax
 import jax.numpy as jnp
 
@@ -12,6 +12,14 @@ MASKED = -1e30
 def sum_dtype(x) -> jnp.dtype:
     """What scores and sums over `x` are kept in: float64 for float64, else float32."""
     return jnp.dtype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
+
+
+def soft_capped(scores, soft_cap: float | None):
+    """(`soft_cap * tanh(scores / soft_cap)`, its derivative); the scores themselves and 1.0 without a cap."""
+    if soft_cap is None:
+        return scores, 1.0
+    bent = jnp.tanh(scores / soft_cap)
+    return bent * soft_cap, 1 - bent * bent
 
 
 def dense_mask(key_range: KeyRange, num_keys: int) -> jax.Array:

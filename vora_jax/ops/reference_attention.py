@@ -5,7 +5,7 @@ keys.
 """
 import jax.numpy as jnp
 
-from vora_jax.ops.key_range import MASKED, dense_mask, sum_dtype
+from vora_jax.ops.key_range import MASKED, dense_mask, soft_capped, sum_dtype
 from vora_jax.types import KeyRange
 
 
@@ -68,9 +68,6 @@ def _scores(rows, keys, key_range: KeyRange, soft_cap: float | None):
     batch, num_kv_heads, _, head_dim = rows.shape
     scores = jnp.matmul(rows, keys, preferred_element_type=dtype) * (head_dim**-0.5)
     scores = scores.reshape(batch, num_kv_heads, -1, key_range.start.shape[1], keys.shape[-1])
-    slope = 1.0
-    if soft_cap is not None:
-        bent = jnp.tanh(scores / soft_cap)
-        scores, slope = bent * soft_cap, 1 - bent * bent
+    scores, slope = soft_capped(scores, soft_cap)
     mask = dense_mask(key_range, keys.shape[-1])[:, None, None]
     return jnp.where(mask, scores, MASKED), mask, slope

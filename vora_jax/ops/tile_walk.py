@@ -52,19 +52,25 @@ def tile_map(key_range: KeyRange, num_keys: int, tile: Tile) -> tuple[jax.Array,
     return some.any(-1), every.all(-1)
 
 
-def tile_walk(key_range: KeyRange, num_keys: int, tile: Tile, by_key: bool = False) -> TileWalk:
-    """The visits of all rows: row by row, query tile by query tile (`by_key`: key tile by key tile), in order.
-
-    A query tile (key tile) that nothing is visited for gets one visit of neither half, which writes its zeros.
+def half_map(key_range: KeyRange, num_keys: int, tile: Tile) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(lower, upper, full): bool[B, query tiles, key tiles]: some query sees some key of that half; every one every key.
 
     Raises:
         ValueError: the tile's keys have no halves.
     """
     if tile.keys % 2:
         raise ValueError(f'tile_walk: a tile of {tile.keys} keys has no halves; choose an even number.')
-    halves = tile_map(key_range, num_keys, tile._replace(keys=tile.keys // 2))
-    (lower, upper), (full, also_full) = ((x[..., ::2], x[..., 1::2]) for x in halves)
-    run, full = lower | upper, lower & full & also_full
+    some, every = tile_map(key_range, num_keys, tile._replace(keys=tile.keys // 2))
+    return some[..., ::2], some[..., 1::2], every[..., ::2] & every[..., 1::2]
+
+
+def tile_walk(key_range: KeyRange, num_keys: int, tile: Tile, by_key: bool = False) -> TileWalk:
+    """The visits of all rows: row by row, query tile by query tile (`by_key`: key tile by key tile), in order.
+
+    A query tile (key tile) that nothing is visited for gets one visit of neither half, which writes its zeros.
+    """
+    lower, upper, full = half_map(key_range, num_keys, tile)
+    run = lower | upper
     batch, query_tiles, key_tiles = run.shape
     row, query, key = jnp.meshgrid(*(jnp.arange(n, dtype=jnp.int32) for n in run.shape), indexing='ij')
     if by_key:
