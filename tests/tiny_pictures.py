@@ -5,7 +5,7 @@ import pathlib
 import PIL.Image
 
 from vora_jax.cli import gin_config
-from vora_jax.data.tokenizer import train_sentencepiece
+from vora_jax.data.text.tokenizer import train_sentencepiece
 
 COLOURS = ('red', 'green', 'blue', 'black', 'white', 'yellow')
 VOCAB_SIZE = 300

@@ -14,7 +14,7 @@ import optax
 from vora_jax import variants
 from vora_jax.batch import Batch
 from vora_jax.data.fake import fake_batch
-from vora_jax.data.tokenizer import train_sentencepiece
+from vora_jax.data.text.tokenizer import train_sentencepiece
 from vora_jax.llm.decoder import LanguageModel
 from vora_jax.method import Method, Stage
 from vora_jax.training import sharding, state

@@ -22,7 +22,7 @@ import numpy as np
 
 from vora_jax.convert.families.hf_config import llm_to_config
 from vora_jax.convert.files.safetensors_files import write_shards
-from vora_jax.data.tokenizer import train_sentencepiece
+from vora_jax.data.text.tokenizer import train_sentencepiece
 from vora_jax.llm.decoder import LanguageModel
 
 WIDTH, MLP_WIDTH, VOCAB, KV_WIDTH = 2048, 5632, 32000, 512

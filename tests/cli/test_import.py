@@ -17,7 +17,7 @@ from tiny_folder import alone  # noqa: F401
 
 from vora_jax.cli import gin_config, import_
 from vora_jax.cli import main as cli
-from vora_jax.data.tokenizer import train_sentencepiece
+from vora_jax.data.text.tokenizer import train_sentencepiece
 from vora_jax.params import flatten
 from vora_jax.training import checkpoint, init_from, state
 from vora_jax.training.checkpoint import open_checkpoint

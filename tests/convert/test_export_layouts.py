@@ -23,8 +23,8 @@ from vora_jax.convert.from_hf import load
 from vora_jax.convert.names.name_map import entries, match_names
 from vora_jax.convert.verify.comparison import Question, verify
 from vora_jax.data.config import Data, ImagePolicy, Source
-from vora_jax.data.templates import find_template, jinja
-from vora_jax.data.tokenizer import MARKERS, load_tokenizer, train_sentencepiece
+from vora_jax.data.text.templates import find_template, jinja
+from vora_jax.data.text.tokenizer import MARKERS, load_tokenizer, train_sentencepiece
 from vora_jax.evaluation.prompts import Prompt, PromptRows
 from vora_jax.merge import merge
 from vora_jax.params import flatten

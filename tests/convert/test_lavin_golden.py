@@ -24,7 +24,7 @@ from vora_jax.convert.names.layouts import CONVOLUTION, LEADING_1, SAME, TABLE, 
 from vora_jax.convert.names.name_map import Row, Table, from_foreign, joined, to_foreign
 from vora_jax.convert.names.rows import linear_rows, norm_rows
 from vora_jax.convert.names.tables.adapters import LAVIN_ADAPTERS
-from vora_jax.data.image import patchify
+from vora_jax.data.images.patches import patchify
 from vora_jax.data.packing import Budgets, Picture, Text, layout, stack
 from vora_jax.llm.decoder import LanguageModel
 from vora_jax.llm.generate import empty_cache

@@ -9,9 +9,9 @@ from tiny_models import TEXTS, make_tokenizer
 
 from vora_jax.convert.export.sentencepiece_json import CHAT_TEMPLATE, IMAGE, build_tokenizer
 from vora_jax.convert.export.tokenizer_files import write_tokenizer_files
-from vora_jax.data.conversation import Image, render, render_prompt
-from vora_jax.data.templates import TEMPLATES
-from vora_jax.data.tokenizer import load_tokenizer
+from vora_jax.data.text.conversation import Image, render, render_prompt
+from vora_jax.data.text.templates import TEMPLATES
+from vora_jax.data.text.tokenizer import load_tokenizer
 from vora_jax.types import UserError
 
 

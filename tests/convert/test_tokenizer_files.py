@@ -7,9 +7,9 @@ import tiny_tokenizers as tiny
 from tiny_models import tokenizer_folders
 
 from vora_jax.convert.export.tokenizer_files import write_tokenizer_files
-from vora_jax.data.conversation import Image, render, render_prompt
-from vora_jax.data.templates import find_template, jinja
-from vora_jax.data.tokenizer import fingerprint, load_tokenizer
+from vora_jax.data.text.conversation import Image, render, render_prompt
+from vora_jax.data.text.templates import find_template, jinja
+from vora_jax.data.text.tokenizer import fingerprint, load_tokenizer
 from vora_jax.types import UserError
 
 CASES = [('qwen', 'qwen2.5'), ('qwen', 'chatml_system'), ('qwen_pair', 'vora'), ('llama3', 'llama3'),

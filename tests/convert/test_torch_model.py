@@ -30,7 +30,7 @@ from vora_jax.convert.families.own_layout import Prompting, own_config
 from vora_jax.convert.families.recognise import recognise
 from vora_jax.convert.verify.comparison import load_folder, verify
 from vora_jax.data.config import ImagePolicy
-from vora_jax.data.image import fit_grid, load_picture, patchify
+from vora_jax.data.images.patches import fit_grid, load_picture, patchify
 from vora_jax.llm.generate import greedy
 from vora_jax.types import TEXT
 from vora_jax.vision.vit import VisionTransformer

@@ -6,9 +6,9 @@ import tiny_tokenizers as tiny
 from tiny_models import tokenizer_folders
 
 from vora_jax.convert.export.tokenizer_files import write_tokenizer_files
-from vora_jax.data.conversation import Image, render_prompt
-from vora_jax.data.templates import TEMPLATES, find_template, jinja
-from vora_jax.data.tokenizer import load_tokenizer
+from vora_jax.data.text.conversation import Image, render_prompt
+from vora_jax.data.text.templates import TEMPLATES, find_template, jinja
+from vora_jax.data.text.tokenizer import load_tokenizer
 
 PIL = pytest.importorskip('PIL.Image')
 pytest.importorskip('torch', reason="needs pip install 'vora_jax[torch]'")

@@ -18,7 +18,7 @@ from vora_jax import variants
 from vora_jax.convert.export.exportable import parameter_shapes
 from vora_jax.convert.families.recognise import recognise
 from vora_jax.convert.names.name_map import Table, from_foreign, to_foreign
-from vora_jax.data.image import patchify
+from vora_jax.data.images.patches import patchify
 from vora_jax.data.packing import Budgets, Picture, Text, layout, stack
 from vora_jax.llm.decoder import Decoder
 from vora_jax.merge import merge

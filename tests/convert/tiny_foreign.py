@@ -9,7 +9,7 @@ from vora_jax.convert.export.exportable import parameter_shapes
 from vora_jax.convert.families.recognise import recognise
 from vora_jax.convert.files.safetensors_files import open_folder
 from vora_jax.convert.names.name_map import from_foreign
-from vora_jax.data.image import patchify
+from vora_jax.data.images.patches import patchify
 from vora_jax.data.packing import Budgets, Picture, Text, layout, stack
 
 VIT = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=7)

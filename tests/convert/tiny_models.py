@@ -16,7 +16,7 @@ from vora_jax.convert.export.exportable import smallest_batch
 from vora_jax.convert.export.to_hf import Prompting
 from vora_jax.convert.verify.comparison import Question
 from vora_jax.data.config import Data, ImagePolicy, Source
-from vora_jax.data.tokenizer import load_tokenizer, train_sentencepiece
+from vora_jax.data.text.tokenizer import load_tokenizer, train_sentencepiece
 from vora_jax.evaluation.prompts import Prompt, PromptRows
 from vora_jax.llm.decoder import LanguageModel
 from vora_jax.merge import merge

@@ -2,15 +2,15 @@
 
 import pytest
 
-from vora_jax.data.conversation import (
+from vora_jax.data.packing import Text
+from vora_jax.data.text.conversation import (
     Image,
     place,
     render,
     render_prompt,
     render_turns,
 )
-from vora_jax.data.packing import Text
-from vora_jax.data.templates import TEMPLATES, find_template
+from vora_jax.data.text.templates import TEMPLATES, find_template
 from vora_jax.types import UserError
 
 CHATML = ('chatml', 'chatml_system', 'vora', 'qwen2.5', 'smollm2')

@@ -9,7 +9,7 @@ import unicodedata
 import pytest
 import tiny_tokenizers as tiny
 
-from vora_jax.data.tokenizer import load_tokenizer
+from vora_jax.data.text.tokenizer import load_tokenizer
 from vora_jax.types import UserError
 
 KINDS = ('qwen', 'qwen_pair', 'llama3', 'llama2', 'llama2_legacy', 'llama2_model', 'llama2_model_legacy')

@@ -9,7 +9,9 @@ import PIL.ImageOps
 import pytest
 
 from vora_jax.data.config import ImagePolicy
-from vora_jax.data.image import PictureCache, decode, fit_grid, load_picture, patchify, read_size
+from vora_jax.data.images.decode import decode, read_size
+from vora_jax.data.images.patches import fit_grid, load_picture, patchify
+from vora_jax.data.images.picture_cache import PictureCache
 from vora_jax.data.packing import Picture
 from vora_jax.types import UserError
 

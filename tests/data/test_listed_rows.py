@@ -5,7 +5,7 @@ import PIL.Image
 import pytest
 
 from vora_jax.cli import main
-from vora_jax.data.listed_rows import ListedRows
+from vora_jax.data.sources.json_list import ListedRows
 from vora_jax.types import UserError
 
 

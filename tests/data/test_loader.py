@@ -12,7 +12,7 @@ import pytest
 from vora_jax.batch import Batch, Patches
 from vora_jax.data.config import Data, ImagePolicy, Source
 from vora_jax.data.loader import batches
-from vora_jax.data.tokenizer import load_tokenizer, train_sentencepiece
+from vora_jax.data.text.tokenizer import load_tokenizer, train_sentencepiece
 from vora_jax.method import VisionTokenRule
 from vora_jax.types import TEXT, VISION, UserError
 

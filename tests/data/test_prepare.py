@@ -12,10 +12,10 @@ import PIL.Image
 import pytest
 
 from vora_jax.cli import prepare
-from vora_jax.data import easy_vqa
-from vora_jax.data.easy_vqa import COLOURS, SHAPES, Question, facts, kind_of, text_samples
-from vora_jax.data.prepared import finish, new_folder
-from vora_jax.data.tokenizer import load_tokenizer
+from vora_jax.data.prepare import easy_vqa
+from vora_jax.data.prepare.easy_vqa import COLOURS, SHAPES, Question, facts, kind_of, text_samples
+from vora_jax.data.prepare.prepared_folder import finish, new_folder
+from vora_jax.data.text.tokenizer import load_tokenizer
 from vora_jax.types import UserError
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from vora_jax.data.mixture import epoch_samples
-from vora_jax.data.sources import JsonLines
+from vora_jax.data.sources.json_lines import JsonLines
 from vora_jax.types import UserError
 
 

@@ -5,11 +5,11 @@ import pytest
 import tiny_tokenizers as tiny
 
 from vora_jax.data.config import Data, Source
-from vora_jax.data.conversation import Image, place, render, render_prompt, render_turns
 from vora_jax.data.packing import Text
 from vora_jax.data.samples import Samples
-from vora_jax.data.templates import TEMPLATES, find_template, jinja
-from vora_jax.data.tokenizer import load_tokenizer, train_sentencepiece
+from vora_jax.data.text.conversation import Image, place, render, render_prompt, render_turns
+from vora_jax.data.text.templates import TEMPLATES, find_template, jinja
+from vora_jax.data.text.tokenizer import load_tokenizer, train_sentencepiece
 from vora_jax.types import UserError
 
 CHATML = """\

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from vora_jax.data.tokenizer import MARKERS, fingerprint, load_tokenizer, tokenizer_files, train_sentencepiece
+from vora_jax.data.text.tokenizer import MARKERS, fingerprint, load_tokenizer, tokenizer_files, train_sentencepiece
 from vora_jax.types import UserError
 
 TEXTS = ['what color is the shape?', 'blue', 'a blue circle.', 'yes', 'no', 'is there a circle?'] * 20

@@ -5,11 +5,11 @@ import pathlib
 import pytest
 
 from vora_jax.data.config import Data, Source
-from vora_jax.data.conversation import Image, render, render_prompt, render_turns
 from vora_jax.data.packing import Picture, Text
 from vora_jax.data.samples import Samples
-from vora_jax.data.templates import find_template
-from vora_jax.data.tokenizer import load_tokenizer
+from vora_jax.data.text.conversation import Image, render, render_prompt, render_turns
+from vora_jax.data.text.templates import find_template
+from vora_jax.data.text.tokenizer import load_tokenizer
 from vora_jax.method import VisionTokenRule
 from vora_jax.types import UserError
 

@@ -9,7 +9,7 @@ import tiny_pictures
 from vora_jax.data.config import Source
 from vora_jax.data.packing import layout
 from vora_jax.data.samples import Samples
-from vora_jax.data.tokenizer import load_tokenizer
+from vora_jax.data.text.tokenizer import load_tokenizer
 from vora_jax.evaluation.prompts import Prompt, PromptRows
 from vora_jax.method import VisionTokenRule
 from vora_jax.types import PAD, ROUTE, TEXT, VISION, UserError

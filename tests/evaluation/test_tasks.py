@@ -8,7 +8,7 @@ import pytest
 import tiny_model
 import tiny_pictures
 
-from vora_jax.data.tokenizer import load_tokenizer
+from vora_jax.data.text.tokenizer import load_tokenizer
 from vora_jax.evaluation.config import Eval
 from vora_jax.evaluation.prompts import Prompt, PromptRows
 from vora_jax.evaluation.questions import Question

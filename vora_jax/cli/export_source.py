@@ -10,8 +10,8 @@ from vora_jax.cli.partial_checkpoint import check_whole
 from vora_jax.convert.export.to_hf import Provenance
 from vora_jax.convert.families.own_layout import Prompting
 from vora_jax.data.config import Data
-from vora_jax.data.templates import find_template, jinja
-from vora_jax.data.tokenizer import Tokenizer, load_tokenizer
+from vora_jax.data.text.templates import find_template, jinja
+from vora_jax.data.text.tokenizer import Tokenizer, load_tokenizer
 from vora_jax.method import VisionTokenRule
 from vora_jax.model import VisionLanguageModel
 from vora_jax.training import checkpoint

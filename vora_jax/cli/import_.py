@@ -21,8 +21,8 @@ from vora_jax.convert.families.recognise import Recognised, recognise
 from vora_jax.convert.files.safetensors_files import open_folder
 from vora_jax.convert.names import name_map
 from vora_jax.data.fake import fake_batch
-from vora_jax.data.special_tokens import read_json
-from vora_jax.data.templates import find_template
+from vora_jax.data.text.special_tokens import read_json
+from vora_jax.data.text.templates import find_template
 from vora_jax.method import Method
 from vora_jax.params import count, flatten, unflatten
 from vora_jax.training import checkpoint, sharding

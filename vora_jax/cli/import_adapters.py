@@ -12,7 +12,7 @@ from vora_jax.convert.adapters.formats import adapted
 from vora_jax.convert.adapters.read import Given, read_adapters
 from vora_jax.convert.export.exportable import parameter_shapes
 from vora_jax.convert.names.mismatch import name_list
-from vora_jax.data.tokenizer import tokenizer_files
+from vora_jax.data.text.tokenizer import tokenizer_files
 from vora_jax.params import unflatten
 from vora_jax.training import checkpoint, init_from
 from vora_jax.types import UserError

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from vora_jax.data.config import Data, ImagePolicy
-from vora_jax.data.special_tokens import IM_START, read_json
-from vora_jax.data.templates import TEMPLATES, jinja
-from vora_jax.data.tokenizer import load_tokenizer
+from vora_jax.data.text.special_tokens import IM_START, read_json
+from vora_jax.data.text.templates import TEMPLATES, jinja
+from vora_jax.data.text.tokenizer import load_tokenizer
 from vora_jax.method import VisionTokenRule
 
 TOKENIZERS = ('tokenizer.json', 'tokenizer.model', 'vocab.json')  # any of them makes a folder one with a tokenizer

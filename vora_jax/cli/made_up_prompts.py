@@ -8,7 +8,7 @@ import PIL.Image
 
 from vora_jax.batch import Batch
 from vora_jax.data.config import Data
-from vora_jax.data.tokenizer import Tokenizer
+from vora_jax.data.text.tokenizer import Tokenizer
 from vora_jax.evaluation.prompts import Prompt, PromptRows
 from vora_jax.method import VisionTokenRule
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 from vora_jax.cli import gin_config
 from vora_jax.cli.partial_checkpoint import check_whole
 from vora_jax.data.config import Data
-from vora_jax.data.tokenizer import Tokenizer, load_tokenizer
+from vora_jax.data.text.tokenizer import Tokenizer, load_tokenizer
 from vora_jax.method import Stage, VisionTokenRule
 from vora_jax.model import VisionLanguageModel
 from vora_jax.training import checkpoint

@@ -9,9 +9,10 @@ import tqdm
 from vora_jax.cli import sample_models
 from vora_jax.cli.package_download import Package, package_file
 from vora_jax.cli.sample_models import SMOLLM2_135M, VIT_S14
-from vora_jax.data import easy_vqa, json_rows, prepared, science_qa
-from vora_jax.data.listed_rows import ListedRows
-from vora_jax.data.sources import JsonLines
+from vora_jax.data.prepare import easy_vqa, json_rows, science_qa
+from vora_jax.data.prepare import prepared_folder as prepared
+from vora_jax.data.sources.json_lines import JsonLines
+from vora_jax.data.sources.json_list import ListedRows
 
 HELP = """Bring a sample set into the common format: JSON lines `{id, frames, conversations}` and pictures;
 or a small real model into a Hugging Face folder.

@@ -11,7 +11,7 @@ from vora_jax.cli.package_download import Package
 from vora_jax.convert.samples.foreign_model import ForeignModel
 from vora_jax.convert.samples.gguf_llama import read_llama
 from vora_jax.convert.samples.onnx_dinov2 import read_dinov2
-from vora_jax.data import prepared
+from vora_jax.data.prepare import prepared_folder as prepared
 from vora_jax.types import UserError
 
 _CARD = """\

@@ -16,9 +16,9 @@ from vora_jax.cli.made_up_prompts import made_up_prompts
 from vora_jax.convert.export.layouts import ADAPTERS
 from vora_jax.convert.export.to_hf import read_record
 from vora_jax.convert.verify.comparison import Comparison, Question, verify
-from vora_jax.data.conversation import check_record
-from vora_jax.data.sources import JsonLines
-from vora_jax.data.tokenizer import IMAGE
+from vora_jax.data.sources.json_lines import JsonLines
+from vora_jax.data.text.conversation import check_record
+from vora_jax.data.text.tokenizer import IMAGE
 from vora_jax.evaluation.prompts import Prompt, PromptRows
 from vora_jax.model import VisionLanguageModel
 from vora_jax.types import UserError

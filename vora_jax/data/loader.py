@@ -18,7 +18,7 @@ from vora_jax.data.config import Data
 from vora_jax.data.mixture import epoch_samples
 from vora_jax.data.packing import layout, plan
 from vora_jax.data.samples import Samples
-from vora_jax.data.tokenizer import fingerprint
+from vora_jax.data.text.tokenizer import fingerprint
 from vora_jax.method import VisionTokenRule
 from vora_jax.types import UserError
 

@@ -7,12 +7,14 @@ import os
 from typing import Any
 
 from vora_jax.data.config import Data
-from vora_jax.data.conversation import Image, Turn, place, render_turns
-from vora_jax.data.image import PictureCache, fit_grid, load_picture, read_size
+from vora_jax.data.images.decode import read_size
+from vora_jax.data.images.patches import fit_grid, load_picture
+from vora_jax.data.images.picture_cache import PictureCache
 from vora_jax.data.packing import Budgets, Picture, Text
-from vora_jax.data.sources import JsonLines
-from vora_jax.data.templates import find_template
-from vora_jax.data.tokenizer import load_tokenizer
+from vora_jax.data.sources.json_lines import JsonLines
+from vora_jax.data.text.conversation import Image, Turn, place, render_turns
+from vora_jax.data.text.templates import find_template
+from vora_jax.data.text.tokenizer import load_tokenizer
 from vora_jax.method import VisionTokenRule
 from vora_jax.types import UserError
 

@@ -4,12 +4,14 @@ from typing import NamedTuple
 
 from vora_jax.batch import Batch
 from vora_jax.data.config import Data
-from vora_jax.data.conversation import Image, place, render_prompt
-from vora_jax.data.image import PictureCache, fit_grid, load_picture, read_size
+from vora_jax.data.images.decode import read_size
+from vora_jax.data.images.patches import fit_grid, load_picture
+from vora_jax.data.images.picture_cache import PictureCache
 from vora_jax.data.packing import Budgets, Picture, Text, layout, stack
 from vora_jax.data.samples import CACHE_BYTES
-from vora_jax.data.templates import find_template
-from vora_jax.data.tokenizer import Tokenizer
+from vora_jax.data.text.conversation import Image, place, render_prompt
+from vora_jax.data.text.templates import find_template
+from vora_jax.data.text.tokenizer import Tokenizer
 from vora_jax.method import VisionTokenRule
 from vora_jax.types import UserError
 

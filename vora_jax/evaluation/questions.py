@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vora_jax.data.conversation import check_record
-from vora_jax.data.sources import JsonLines
+from vora_jax.data.sources.json_lines import JsonLines
+from vora_jax.data.text.conversation import check_record
 from vora_jax.evaluation.config import Eval
 from vora_jax.types import UserError
 

@@ -7,8 +7,8 @@ import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
 
-from vora_jax.data.conversation import IMAGE
-from vora_jax.data.image import decode
+from vora_jax.data.images.decode import decode
+from vora_jax.data.text.conversation import IMAGE
 from vora_jax.evaluation.tasks import Prediction
 
 CELL, PICTURE, MARGIN, LINE = 212, 132, 12, 18  # pixels; four columns are as wide as a README's text

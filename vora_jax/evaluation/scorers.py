@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vora_jax.data.science_qa import LETTERS
+from vora_jax.data.prepare.science_qa import LETTERS
 from vora_jax.evaluation.questions import Question
 from vora_jax.types import UserError
 

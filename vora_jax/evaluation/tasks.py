@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vora_jax.data.config import Data
-from vora_jax.data.tokenizer import Tokenizer, load_tokenizer
+from vora_jax.data.text.tokenizer import Tokenizer, load_tokenizer
 from vora_jax.evaluation.config import Eval
 from vora_jax.evaluation.prompts import Prompt, PromptRows
 from vora_jax.evaluation.questions import Question, read_questions, shuffle_images

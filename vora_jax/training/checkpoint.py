@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from orbax.checkpoint.experimental import v1 as ocp
 
-from vora_jax.data.tokenizer import fingerprint, tokenizer_files
+from vora_jax.data.text.tokenizer import fingerprint, tokenizer_files
 from vora_jax.params import combine
 from vora_jax.training import checksum
 from vora_jax.training.orbax_options import orbax_options, quiet

@@ -10,8 +10,8 @@ import re
 import zipfile
 from typing import Any, Callable, Iterable, NamedTuple
 
-from vora_jax.data.image import decode
-from vora_jax.data.tokenizer import IMAGE, train_sentencepiece
+from vora_jax.data.images.decode import decode
+from vora_jax.data.text.tokenizer import IMAGE, train_sentencepiece
 from vora_jax.types import UserError
 
 REQUIREMENT = 'easy-vqa==1.0'

@@ -5,8 +5,8 @@ Every template is a value of `Template`; `opening` and `question` put its texts 
 import dataclasses
 import json
 
-from vora_jax.data.special_tokens import IM_END, IM_START, IMAGE
-from vora_jax.data.tokenizer import Tokenizer
+from vora_jax.data.text.special_tokens import IM_END, IM_START, IMAGE
+from vora_jax.data.text.tokenizer import Tokenizer
 from vora_jax.types import UserError
 
 

@@ -12,9 +12,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Callable, Iterable
 
-from vora_jax.data.conversation import check_record
-from vora_jax.data.image import decode
-from vora_jax.data.special_tokens import IMAGE
+from vora_jax.data.images.decode import decode
+from vora_jax.data.text.conversation import check_record
+from vora_jax.data.text.special_tokens import IMAGE
 from vora_jax.types import UserError
 
 SPLITS = ('train', 'val', 'test')

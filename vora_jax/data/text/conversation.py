@@ -9,9 +9,9 @@ import re
 from typing import Any, NamedTuple, Sequence
 
 from vora_jax.data.packing import Picture, Text
-from vora_jax.data.special_tokens import IMAGE
-from vora_jax.data.templates import Template
-from vora_jax.data.tokenizer import Tokenizer
+from vora_jax.data.text.special_tokens import IMAGE
+from vora_jax.data.text.templates import Template
+from vora_jax.data.text.tokenizer import Tokenizer
 from vora_jax.types import UserError
 
 

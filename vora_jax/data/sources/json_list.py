@@ -8,7 +8,7 @@ import json
 import pathlib
 from typing import Any
 
-from vora_jax.data.special_tokens import IMAGE
+from vora_jax.data.text.special_tokens import IMAGE
 from vora_jax.types import UserError
 
 ROLES = {'question': 'human', 'answer': 'gpt'}

@@ -9,9 +9,9 @@ from typing import Iterable, Protocol, Sequence
 
 import sentencepiece
 
-from vora_jax.data.bpe_tokenizer import open_json, open_pair
-from vora_jax.data.piece_tokenizer import PieceTokenizer, has_control_pieces, piece_spans
-from vora_jax.data.special_tokens import IM_END, IM_START, IMAGE, read_settings
+from vora_jax.data.text.bpe_tokenizer import open_json, open_pair
+from vora_jax.data.text.piece_tokenizer import PieceTokenizer, has_control_pieces, piece_spans
+from vora_jax.data.text.special_tokens import IM_END, IM_START, IMAGE, read_settings
 from vora_jax.types import UserError
 
 MARKERS = (IM_START, IM_END, IMAGE)

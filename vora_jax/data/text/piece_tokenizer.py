@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2, sentencepiece_pb2
 
-from vora_jax.data.special_tokens import Added, Settings, named_id, num_ids
+from vora_jax.data.text.special_tokens import Added, Settings, named_id, num_ids
 
 Span = tuple[int, int]
 

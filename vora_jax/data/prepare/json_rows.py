@@ -4,9 +4,9 @@ import os
 import pathlib
 from typing import Any, Callable, Iterable, Protocol
 
-from vora_jax.data.conversation import check_record
-from vora_jax.data.image import decode
-from vora_jax.data.tokenizer import train_sentencepiece
+from vora_jax.data.images.decode import decode
+from vora_jax.data.text.conversation import check_record
+from vora_jax.data.text.tokenizer import train_sentencepiece
 from vora_jax.types import UserError
 
 ROWS = 'data.jsonl'

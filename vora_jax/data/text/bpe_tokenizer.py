@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
-from vora_jax.data.special_tokens import Added, Settings, end_id, named_id, num_ids, read_json
+from vora_jax.data.text.special_tokens import Added, Settings, end_id, named_id, num_ids, read_json
 from vora_jax.types import UserError
 
 Span = tuple[int, int]

@@ -1,0 +1,1 @@
+"""Sample sets into the common format."""
