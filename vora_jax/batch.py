@@ -47,7 +47,8 @@ class Batch(NamedTuple):
     vision_slot: i32[B, Q] slot of the q-th vision token; -1 where there is none.
     vision_source: i32[B, Q] which front-end output feeds it (`VisionTokenRule.sources`); 0 where there is none.
     patches: the pictures, or None in a run without any.
-    bad_samples: i32[B] samples of this row that could not be read and were given zero weight.
+    tally: i32[B, K, 3] of each of K sources: samples in this row, samples that could not be used and have no slots in it,
+        and turns that were left out because their conversation is longer than a row.
     """
 
     tokens: Array
@@ -62,7 +63,7 @@ class Batch(NamedTuple):
     vision_slot: Array
     vision_source: Array
     patches: Patches | None
-    bad_samples: Array
+    tally: Array
 
     @property
     def key_range(self) -> KeyRange:

@@ -10,11 +10,12 @@ from vora_jax.types import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """One JSON-lines file of samples `{id, frames, conversations}`.
+    """A file, or a set of files, of samples `{id, frames, conversations}`.
 
-    path: the file.
+    path: JSON lines, a JSON list, Parquet, tar files or a folder made by `vora prepare`, see `sources.open_rows`.
     image_root: folder the `frames` are relative to; '' is the folder of `path`.
-    weight: share of the file seen in one epoch: 1 all of it once, 0.5 a fixed random half, 2 all of it twice.
+    weight: share of the samples seen in one epoch: 1 all of them once, 0.5 a half (the next epoch sees the other one),
+        2 all of them twice.
     """
 
     path: str
@@ -32,24 +33,39 @@ class ImagePolicy:
 
     kind: `native` keeps the aspect ratio. `square_pad` puts the picture in the middle of a square of `color` first,
         `square_crop` brings the shorter side to `side` and cuts the middle out of the longer one (CLIP); `square_stretch`
-        changes the aspect ratio (SigLIP); all three end at `side` x `side` pixels.
-    max_patches, min_patches: limits of rows * columns of patches of one native picture. A picture that is already a
-        multiple of the patch size within the limits keeps every pixel.
-    side: of a square, pixels.    color: red, green and blue of the padding, 0 to 255.
+        changes the aspect ratio (SigLIP); all three end at `side` x `side` pixels. `tiles` gives several such squares: the
+        whole picture stretched to one, then the picture at its own aspect ratio, in the middle of the best fitting of
+        `tiles`, cut into squares (LLaVA-NeXT).
+    max_patches, min_patches: limits of the patches of one picture, all its squares together; the lower one is for native
+        pictures. A native picture that is already a multiple of the patch size within the limits keeps every pixel.
+    side: of a square, pixels.
+    color: red, green and blue of the padding, 0 to 255.    background: the same, of what lies under transparent pixels.
+    tiles: (rows, columns) of squares that a picture may be cut into; LLaVA-NeXT has (1, 2), (2, 1), (2, 2), (3, 1), (1, 3).
+    decoder: reads JPEG files: `pillow`, or `simplejpeg`, which is a little faster and whose pixels may differ by a rounding.
     """
 
     max_patches: int = 1024
     min_patches: int = 1
-    kind: Literal['native', 'square_pad', 'square_crop', 'square_stretch'] = 'native'
+    kind: Literal['native', 'square_pad', 'square_crop', 'square_stretch', 'tiles'] = 'native'
     side: int = 0
     color: tuple[int, int, int] = (0, 0, 0)
+    background: tuple[int, int, int] = (255, 255, 255)
+    tiles: tuple[tuple[int, int], ...] = ()
+    decoder: Literal['pillow', 'simplejpeg'] = 'pillow'
 
     def __post_init__(self):
         if (self.kind == 'native') != (self.side == 0) or self.side < 0:
             raise UserError(f'ImagePolicy: kind {self.kind!r} and side {self.side} do not fit; give square pictures a side '
                             'in pixels, and native ones none.')
-        if len(self.color) != 3 or not all(0 <= value <= 255 for value in self.color):
-            raise UserError(f'ImagePolicy.color is {self.color}; it must be three values from 0 to 255.')
+        if (self.kind == 'tiles') != bool(self.tiles):
+            raise UserError(f'ImagePolicy: kind {self.kind!r} and tiles {self.tiles} do not fit; give the kind \'tiles\' '
+                            '(rows, columns) of squares, and other kinds none.')
+        if not all(len(tile) == 2 and min(tile) >= 1 for tile in self.tiles):
+            raise UserError(f'ImagePolicy.tiles is {self.tiles}; it must be pairs (rows, columns) of 1 or more.')
+        for name in ('color', 'background'):
+            value = getattr(self, name)
+            if len(value) != 3 or not all(0 <= part <= 255 for part in value):
+                raise UserError(f'ImagePolicy.{name} is {value}; it must be three values from 0 to 255.')
         if not 1 <= self.min_patches <= self.max_patches:
             raise UserError(f'ImagePolicy: min_patches {self.min_patches} and max_patches {self.max_patches} '
                             'must be at least 1 and in this order.')
@@ -66,6 +82,9 @@ class Data:
     image: how pictures are resized.
     pack: several samples share a row; otherwise one sample a row.
     max_bad_fraction: share of samples that may be unreadable before a run stops, 0 to 1.
+    video_frames: most frames taken from a video; 0 reads no videos.
+    cache: folder that keeps the length index and the plans of the data, so that they are made once; '' keeps them in the
+        run's workdir.
     """
 
     sources: tuple[Source, ...]
@@ -77,6 +96,8 @@ class Data:
     image: ImagePolicy = ImagePolicy()
     pack: bool = True
     max_bad_fraction: float = 0.01
+    video_frames: int = 0
+    cache: str = ''
 
     def __post_init__(self):
         for name in ('max_slots', 'max_patches', 'max_images'):

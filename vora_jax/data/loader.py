@@ -1,100 +1,33 @@
 """Batches for training: packed, shuffled, endless, resumable.
 
-The position in the data is one integer that means the same on every host and for any number of hosts.
+The position in the data is one integer that means the same on every host and for any number of hosts and workers.
 """
+import dataclasses
 import hashlib
 import json
-import logging
-import threading
+import os
+import pathlib
+import sys
+import tempfile
 import weakref
-from typing import Any, Iterator
+from typing import Any, Callable, Iterable, Iterator
 
 import grain
 import numpy as np
 from grain.experimental import ElasticIterator
 
 from vora_jax.batch import Batch, Patches
+from vora_jax.data import lengths
 from vora_jax.data.config import Data
-from vora_jax.data.mixture import epoch_samples
-from vora_jax.data.packing import layout, plan
-from vora_jax.data.samples import Samples
-from vora_jax.data.text.tokenizer import fingerprint
+from vora_jax.data.epochs import Epochs
+from vora_jax.data.quarantine import Quarantine
+from vora_jax.data.rows import Rows
+from vora_jax.data.samples import CACHE_BYTES, Samples
+from vora_jax.data.whole_file import write_whole
 from vora_jax.method import VisionTokenRule
 from vora_jax.types import UserError
 
-log = logging.getLogger(__name__)
-
-
-class Rows:
-    """The rows of one epoch by number: a random-access source for grain. A row is a pure function of its
-    number.
-
-    A sample that cannot be used is left out of its row and counted in `bad_samples`; it is logged once.
-
-    Attributes:
-        warnings: one sentence for each bad sample met so far.
-    """
-
-    def __init__(self, samples: Samples, data: Data, seed: int):
-        self._samples, self._max_bad = samples, data.max_bad_fraction
-        self._bad: dict[int, str] = {}
-        self._lock = threading.Lock()
-        epoch = epoch_samples(samples.sizes, [source.weight for source in data.sources], seed)
-        lengths = np.zeros((len(samples), 3), np.int64)
-        for number in np.unique(epoch):
-            try:
-                lengths[number] = samples.measure(int(number))
-            except UserError as error:
-                self._note(int(number), str(error), check=False)
-        if not len(epoch):
-            raise UserError('the sources of Data give no sample with these weights; raise Source.weight.')
-        self._total = len(np.unique(epoch))
-        self._check_limit()
-        # The plan rests on the sizes of the pictures: another size moves every sample.
-        self.sizes_hash = hashlib.sha256(lengths[epoch].tobytes()).hexdigest()
-        self._plan = [epoch[row] for row in plan(lengths[epoch], samples.budgets, seed, pack=data.pack)]
-
-    @property
-    def warnings(self) -> list[str]:
-        with self._lock:
-            return list(self._bad.values())
-
-    def __len__(self) -> int:
-        return len(self._plan)
-
-    def __getitem__(self, number: int) -> Batch:
-        segments, bad = [], 0
-        for sample in self._plan[number].tolist():
-            if sample not in self._bad:
-                try:
-                    segments.append(self._samples.segment(sample))
-                    continue
-                except UserError as error:
-                    self._note(sample, str(error), check=True)
-            bad += 1
-        return layout(segments, self._samples.budgets, bad, self._samples.rule)
-
-    def _note(self, sample: int, reason: str, check: bool) -> None:
-        with self._lock:
-            if sample in self._bad:
-                return
-            self._bad[sample] = reason
-        log.warning('left out a sample: %s', reason)
-        if check:
-            self._check_limit()
-
-    def _check_limit(self) -> None:
-        bad, total = len(self._bad), self._total
-        if bad > self._max_bad * total or bad == total:
-            raise UserError(f'{bad} of {total} samples cannot be used, more than Data.max_bad_fraction = '
-                            f'{self._max_bad:g} allows; repair the data, the first is '
-                            f'{next(iter(self._bad.values()))}')
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, '_lock': None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _lock=threading.Lock())
+ORDER_VERSION = 2  # of how samples, rows and batches follow from Data and a seed
 
 
 class ShardOrder:
@@ -104,11 +37,11 @@ class ShardOrder:
     blocks a global batch has the same rows in the same places for any number of processes.
     """
 
-    def __init__(self, rows: grain.MapDataset, batch_rows: int, count: int):
+    def __init__(self, rows: Rows, batch_rows: int, count: int):
         self._rows, self._batch_rows, self._count = rows, batch_rows, count
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return sys.maxsize // self._batch_rows * self._batch_rows  # endless
 
     def __getitem__(self, position: int) -> Batch:
         batch, place = divmod(position, self._batch_rows)
@@ -120,24 +53,29 @@ class Loader:
     """An endless iterator of this shard's `Batch`es, see `batches`.
 
     Attributes:
-        manifest: sha256 of the sources' rows, the sizes of their pictures and the tokenizer: equal ones
-            and equal `Data` give equal batches, unless pictures were replaced by others of their size.
-        num_samples: samples of all sources.
+        manifest: sha256 of the sources' rows, the sizes of their pictures, the tokenizer and the version of the order:
+            equal ones and equal `Data` give equal batches, unless pictures were replaced by others of their size.
+        num_samples, epoch_samples: samples of all sources; those of the first epoch.
+        source_names: a name for each source, in the order of `Batch.tally`.
         vocab_size: ids the tokenizer can give.
-        num_rows: rows of one epoch.
-        warnings: one sentence for each bad sample met so far (with workers: only those found
-            while measuring).
+        num_rows: rows of the first epoch.
+        padding: what the plan of the first epoch leaves empty.
+        max_patches_hint: a patch budget that fits the slots, see `Rows.fitting_patches`.
     """
 
-    def __init__(self, rows: Rows, iterator: ElasticIterator, manifest: str, samples: Samples):
-        self._rows, self._opened = rows, [iterator]
+    def __init__(self, rows: Rows, iterator: ElasticIterator, manifest: str, samples: Samples, copies: bool,
+                 folder: tempfile.TemporaryDirectory | None):
+        self._rows, self._opened, self._copies = rows, [iterator], copies
         # grain's iterators complain when they are still alive while Python takes its modules down.
-        self._finalizer = weakref.finalize(self, _release, self._opened)
-        self.manifest, self.num_samples, self.num_rows = manifest, len(samples), len(rows)
-        self.vocab_size = samples.vocab_size
+        self._finalizer = weakref.finalize(self, _release, self._opened, folder)
+        self.manifest, self.num_samples, self.num_rows = manifest, len(samples), rows.num_rows(0)
+        self.epoch_samples = rows.num_samples(0)
+        self.source_names, self.vocab_size = samples.names, samples.vocab_size
+        self.padding, self.max_patches_hint = rows.padding(), rows.fitting_patches()
 
     @property
     def warnings(self) -> list[str]:
+        """One sentence for each bad sample met so far on this host."""
         return self._rows.warnings
 
     def __iter__(self) -> Iterator[Batch]:
@@ -147,9 +85,17 @@ class Loader:
         if not self._opened:
             raise StopIteration
         batch = next(self._opened[0])
+        if not self._copies:
+            return batch
         # Workers hand over views of shared memory, which must not outlive them.
         patches = batch.patches and Patches(*map(np.array, batch.patches))
         return Batch(*map(np.array, batch._replace(patches=0)))._replace(patches=patches)
+
+    def epoch(self, state: dict[str, int]) -> float:
+        """Epochs that end at a position from `get_state`: 1.5 is the middle of the second."""
+        (position,) = state.values()
+        epoch, row = self._rows.find(position)
+        return epoch + row / self._rows.num_rows(epoch)
 
     def get_state(self) -> dict[str, int]:
         """The position after the last batch: plain integers, the same on every shard."""
@@ -164,16 +110,19 @@ class Loader:
         self._finalizer()
 
 
-def _release(opened: list[ElasticIterator]) -> None:
+def _release(opened: list[ElasticIterator], folder: tempfile.TemporaryDirectory | None) -> None:
     while opened:
         opened.pop().close()
+    if folder is not None:
+        folder.cleanup()
 
 
 def batches(data: Data, rule: VisionTokenRule | None, batch_rows: int, seed: int,
-            shard: tuple[int, int] = (0, 1), workers: int = 0) -> Loader:
+            shard: tuple[int, int] = (0, 1), workers: int = 0, *, quarantine: str = '', cache: str = '',
+            cache_bytes: int = CACHE_BYTES, progress: Callable[..., Iterable] = lambda steps, **_: steps) -> Loader:
     """Endless batches of `batch_rows / count` rows, this shard's block of each global batch.
 
-    The rows are packed once and reshuffled every epoch.
+    Each epoch is packed anew.
 
     Args:
         data: sources, tokenizer, budgets.
@@ -182,6 +131,10 @@ def batches(data: Data, rule: VisionTokenRule | None, batch_rows: int, seed: int
         seed: of mixture, packing and order; equal arguments give equal bytes.
         shard: (index, count) of this process; the shards' batches together are the global batch.
         workers: reading processes; 0 reads in threads of this process.
+        quarantine: file for the samples that cannot be used; '' writes none.
+        cache: folder for indices and plans where `data.cache` names none; '' keeps them as long as the loader.
+        cache_bytes: most bytes of patches that each process keeps for their next use.
+        progress: wraps an iterable to show the progress of measuring; takes `desc` and `total`.
     Raises:
         UserError: a source or the tokenizer is missing or empty, or more samples are bad than allowed.
     """
@@ -189,10 +142,12 @@ def batches(data: Data, rule: VisionTokenRule | None, batch_rows: int, seed: int
     if batch_rows % count:
         raise UserError(f'Train.batch_rows = {batch_rows} cannot be divided among {count} processes; '
                         'choose a multiple.')
-    samples = Samples(data, rule)
-    rows = Rows(samples, data, seed)
-    endless = grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
-    dataset = grain.MapDataset.source(ShardOrder(endless, batch_rows, count))
+    kept = data.cache or cache
+    temporary = None if kept else tempfile.TemporaryDirectory(prefix='vora-data-', ignore_cleanup_errors=True)
+    folder = pathlib.Path(kept or temporary.name)
+    samples = Samples(data, rule, kept, cache_bytes // max(workers, 1))
+    rows = _rows(samples, data, seed, folder, Quarantine(quarantine), progress, workers, shard)
+    dataset = grain.MapDataset.source(ShardOrder(rows, batch_rows, count))
     options = None
     if workers:
         _mark_flags_parsed()
@@ -201,11 +156,43 @@ def batches(data: Data, rule: VisionTokenRule | None, batch_rows: int, seed: int
         dataset, batch_rows, grain.sharding.ShardOptions(index, count),
         read_options=grain.ReadOptions(num_threads=2, prefetch_buffer_size=4),
         multiprocessing_options=options)
-    return Loader(rows, iterator, _manifest(samples, rows, data), samples)
+    return Loader(rows, iterator, _manifest(samples, rows), samples, bool(workers), temporary)
 
 
-def _manifest(samples: Samples, rows: Rows, data: Data) -> str:
-    parts = [samples.hashes, rows.sizes_hash, fingerprint(data.tokenizer)]
+def _rows(samples: Samples, data: Data, seed: int, folder: pathlib.Path, quarantine: Quarantine,
+          progress: Callable[..., Iterable], workers: int, shard: tuple[int, int]) -> Rows:
+    """The rows, after measuring what the folder does not know."""
+    weights = [source.weight for source in data.sources]
+    if not any(size * weight > 0 for size, weight in zip(samples.sizes, weights)):
+        raise UserError('the sources of Data give no sample with these weights; raise Source.weight.')
+    rule = samples.rule and dataclasses.asdict(samples.rule)
+    sizes = [data.template, dataclasses.asdict(data.image_policy), rule, data.video_frames]
+    key = lengths.index_key(samples, sizes)
+    _make(folder)
+    index = lengths.build(samples, folder / f'lengths-{key}', progress, workers, shard)
+    plans = hashlib.sha256(json.dumps(
+        [ORDER_VERSION, key, samples.sizes, weights, samples.budgets, seed, data.pack]).encode()).hexdigest()[:20]
+    plans = folder / f'plans-{plans}'
+    _make(plans)
+    if not (plans / 'lengths.npy').exists():
+        fitted = lengths.fit(index, samples.budgets)
+        write_whole(plans / 'lengths.npy', lambda file: np.save(file, fitted))
+    epochs = Epochs(plans, samples.sizes, weights, samples.budgets, seed, data.pack)
+    rows = Rows(samples, epochs, quarantine, data.max_bad_fraction)
+    rows.note_measured(index)
+    return rows
+
+
+def _make(folder: pathlib.Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f'{folder} cannot be made for the index of the data ({error.strerror}); set Data.cache to a folder '
+                        'that can be written.') from error
+
+
+def _manifest(samples: Samples, rows: Rows) -> str:
+    parts = [ORDER_VERSION, samples.content, rows.sizes_hash]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

@@ -37,7 +37,7 @@ class Budgets(NamedTuple):
     pixel_dtype: str = 'uint8'
 
 
-def layout(segments: Sequence[Sequence[Text | Picture]], budgets: Budgets, bad_samples: int = 0,
+def layout(segments: Sequence[Sequence[Text | Picture]], budgets: Budgets, tally: Array | None = None,
            rule: VisionTokenRule | None = None) -> Batch:
     """One row (a `Batch` without its leading dimension) that holds the segments one after the other.
 
@@ -132,7 +132,7 @@ def layout(segments: Sequence[Sequence[Text | Picture]], budgets: Budgets, bad_s
         route_slot=route_slot, segment_id=segment_id,
         vision_slot=vision_slot, vision_source=vision_source,
         patches=patches if patch_dim else None,
-        bad_samples=np.asarray(bad_samples, np.int32))
+        tally=np.asarray([[len(segments), 0, 0]] if tally is None else tally, np.int32))
 
 
 def _check_picture(picture: Picture, patches: int, images: int, budgets: Budgets) -> None:
@@ -154,15 +154,24 @@ def stack(rows: Sequence[Batch]) -> Batch:
     return Batch(*leaves)._replace(patches=patches)
 
 
-def plan(lengths: Array, budgets: Budgets, seed: int, *, pack: bool = True,
-         max_open: int = 64) -> list[Array]:
-    """Rows as arrays of indices into `lengths`; every sample is in exactly one row.
+class Plan(NamedTuple):
+    """Which samples share a row.
 
-    The samples come in an order drawn from the seed; each goes to the fullest of the open rows that has room,
-    or opens a new one (at most `max_open` are open: the fullest is closed). A pure function of its arguments.
+    starts: i64[rows + 1] where the rows begin in `samples`.    samples: i64[n] samples of all rows.
+    """
+
+    starts: Array
+    samples: Array
+
+
+def plan(lengths: Array, budgets: Budgets, seed: int | tuple[int, ...], *, pack: bool = True, max_open: int = 64) -> Plan:
+    """Every sample in exactly one row, the rows in random order; a pure function of its arguments.
+
+    The samples come in an order drawn from the seed; each goes to the row that has the fewest slots left among the open ones
+    with room for it, or opens a new one (at most `max_open` are open: the fullest is closed).
 
     Args:
-        lengths: i64[n, 3] slots, patches and images of each sample.
+        lengths: i[n, 3] slots, patches and images of each sample.
         budgets: sizes of a row.
         seed: of the order.
         pack: False gives each sample a row of its own.
@@ -170,27 +179,40 @@ def plan(lengths: Array, budgets: Budgets, seed: int, *, pack: bool = True,
     Raises:
         ValueError: a sample is larger than a row.
     """
-    lengths = np.asarray(lengths, np.int64).reshape(-1, 3)
-    limits = np.array([budgets.slots, budgets.patches, budgets.images])
+    lengths = np.asarray(lengths).reshape(-1, 3)
+    limits = budgets.slots, budgets.patches, budgets.images
     too_large = (lengths > limits).any(1)
     if too_large.any():
-        raise ValueError(f'sample {int(too_large.argmax())} is larger than a row of {limits.tolist()}.')
-    order = np.random.default_rng(seed).permutation(len(lengths))
+        raise ValueError(f'sample {int(too_large.argmax())} is larger than a row of {list(limits)}.')
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(lengths))
     if not pack:
-        return [order[i:i + 1] for i in range(len(order))]
-    rows: list[list[int]] = []
+        return Plan(np.arange(len(order) + 1), order)
+    rows = _best_fit(lengths, order, limits, max_open)
+    rows = [rows[number] for number in rng.permutation(len(rows))]  # they were closed in an order that tells how full they are
+    starts = np.cumsum([0, *map(len, rows)])
+    return Plan(starts, np.concatenate([np.zeros(0, np.int64), *rows]))
+
+
+def _best_fit(lengths: Array, order: Array, limits: tuple[int, int, int], max_open: int) -> list[Array]:
+    rows: list[Array] = []
     opened: list[list[int]] = [[] for _ in range(max_open)]
-    room = np.tile(limits, (max_open, 1))
-    for sample in order:
-        length = lengths[sample]
-        fits = (room >= length).all(1)
-        # Empty rows have the most room, so they are taken only when no started row fits.
-        best = int(np.where(fits, room[:, 0], limits[0] + 1).argmin())
-        if not fits[best]:
-            best = int(room[:, 0].argmin())
-            rows.append(opened[best])
-            opened[best], room[best] = [], limits
-        opened[best].append(int(sample))
-        room[best] -= length
-    rows += [row for row in opened if row]
-    return [np.array(row, np.int64) for row in rows]
+    slots, patches, images = room = np.tile(np.array(limits)[:, None], (1, max_open))
+    none = limits[0] + 1
+    for block in range(0, len(order), 1 << 16):  # Python numbers of all samples at once would take much memory
+        samples = order[block:block + (1 << 16)]
+        for sample, (some_slots, some_patches, some_images) in zip(samples.tolist(), lengths[samples].tolist()):
+            fits = (slots >= some_slots) & (patches >= some_patches) & (images >= some_images)
+            # Empty rows have the most room, so they are taken only when no started row fits.
+            left = np.where(fits, slots, none)
+            best = int(left.argmin())
+            if left[best] == none:
+                best = int(slots.argmin())
+                rows.append(np.array(opened[best], np.int64))
+                opened[best] = []
+                room[:, best] = limits
+            opened[best].append(sample)
+            slots[best] -= some_slots
+            patches[best] -= some_patches
+            images[best] -= some_images
+    return rows + [np.array(row, np.int64) for row in opened if row]

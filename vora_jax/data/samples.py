@@ -1,24 +1,39 @@
 """Sample numbers to segments.
 
-One place that reads a record, renders it, cuts it to the row budget and decodes its pictures; used both to
-measure samples before packing and to build rows.
+One place that reads a record, renders it and decodes its pictures; used both to measure samples before packing and to build
+rows.
 """
-import os
-from typing import Any
+import bisect
+import functools
+import itertools
+from typing import Any, NamedTuple, Sequence
 
 from vora_jax.data.config import Data
 from vora_jax.data.images.decode import read_size
-from vora_jax.data.images.patches import fit_grid, load_picture
+from vora_jax.data.images.patches import fit_grids, load_pictures
 from vora_jax.data.images.picture_cache import PictureCache
 from vora_jax.data.packing import Budgets, Picture, Text
-from vora_jax.data.sources.json_lines import JsonLines
+from vora_jax.data.sources.files import join, open_binary
+from vora_jax.data.sources.open_rows import open_rows
+from vora_jax.data.sources.rows import Frame
 from vora_jax.data.text.conversation import Image, Turn, place, render_turns
 from vora_jax.data.text.templates import find_template
-from vora_jax.data.text.tokenizer import load_tokenizer
+from vora_jax.data.text.tokenizer import fingerprint, load_tokenizer
 from vora_jax.method import VisionTokenRule
 from vora_jax.types import UserError
 
 CACHE_BYTES = 512 << 20
+MAX_KNOWN_SIZES = 1 << 16  # sizes of pictures kept: questions about one picture often follow each other
+
+Size = tuple[int, int, int]  # slots, patches, images
+
+
+class Place(NamedTuple):
+    """Where a sample stands: number of its source, its row there, and both in words."""
+
+    source: int
+    row: int
+    where: str
 
 
 class Samples:
@@ -26,22 +41,32 @@ class Samples:
 
     Attributes:
         sizes: samples of each source.
+        names: a name for each source, all different.
         vocab_size: ids the tokenizer can give.
         budgets: sizes of a row; without a rule a row has no patches.
         rule: how pictures become slots.
     """
 
-    def __init__(self, data: Data, rule: VisionTokenRule | None, cache_bytes: int = CACHE_BYTES):
+    def __init__(self, data: Data, rule: VisionTokenRule | None, cache: str = '', cache_bytes: int = CACHE_BYTES):
+        """Opens the sources.
+
+        Args:
+            data: what to read.
+            rule: how pictures become slots; None for a method without pictures.
+            cache: folder for the indices of the sources; '' keeps none.
+            cache_bytes: most bytes of patches kept in memory for their next use.
+        """
         self._data, self.rule = data, rule
         self._tokenizer, self._template = load_tokenizer(data.tokenizer), find_template(data.template)
         self._template.end_id(self._tokenizer)  # a template for another tokenizer is told now, not with every sample
         self.vocab_size = self._tokenizer.vocab_size
-        self._sources = [JsonLines(source.path) for source in data.sources]
-        self._roots = [source.image_root or os.path.dirname(source.path) for source in data.sources]
+        self._sources = [open_rows(source.path, cache) for source in data.sources]
+        self._roots = [source.image_root or _folder(source.path) for source in data.sources]
         self.sizes = [len(source) for source in self._sources]
-        self.hashes = [source.sha256 for source in self._sources]
-        self._cache = PictureCache(cache_bytes)
-        self._grids: dict[str, tuple[int, int]] = {}
+        self.names = _names([source.path for source in data.sources])
+        self._ends = list(itertools.accumulate(self.sizes))
+        self._pictures = PictureCache(cache_bytes)
+        self._grids: dict[str, list[tuple[int, int]]] = {}
         if rule is None:
             self.budgets = Budgets(data.max_slots)
         else:
@@ -53,76 +78,113 @@ class Samples:
     def __len__(self) -> int:
         return sum(self.sizes)
 
-    def measure(self, number: int) -> tuple[int, int, int]:
-        """(slots, patches, images) of the sample as `segment` will give it; reads only the headers of
-        pictures.
+    @functools.cached_property
+    def content(self) -> list[str]:
+        """What decides the ids and sizes of samples, besides `Data` and the rule: equal content, equal samples."""
+        return [*(source.sha256 for source in self._sources), fingerprint(self._data.tokenizer)]
+
+    @property
+    def roots(self) -> list[str]:
+        """Folder of each source's pictures."""
+        return list(self._roots)
+
+    def find(self, number: int) -> Place:
+        """Where sample `number` stands."""
+        source = bisect.bisect_right(self._ends, number)
+        row = number - (self._ends[source - 1] if source else 0)
+        return Place(source, row, self._sources[source].where(row))
+
+    def measure(self, number: int) -> list[Size]:
+        """The sample's size up to and with each of its turns; reads only the headers of pictures.
 
         Raises:
             UserError: the sample cannot be used; one sentence with file, row and reason.
         """
-        where, turns, paths = self._read(number)
-        pieces, grids = self._fit(where, turns, paths)
-        shown = [grids[piece.index] for piece in pieces if isinstance(piece, Image)]
-        text = sum(len(piece.ids) for piece in pieces if isinstance(piece, Text))
-        slots = self._lead + text + sum(self._num_slots(grid) for grid in shown)
+        at = self.find(number)
+        turns, frames = self._read(at)
+        slots, patches, images, sizes = self._lead, 0, 0, []
+        for turn in turns:
+            grids = [grid for piece in turn if isinstance(piece, Image)
+                     for grid in _told(at.where, self._frame_grids, frames[piece.index])]
+            slots += sum(len(piece.ids) for piece in turn if isinstance(piece, Text))
+            slots += sum(self.rule.num_tokens(*grid) for grid in grids)
+            patches += sum(self.rule.num_places(*grid) for grid in grids)
+            images += len(grids)
+            sizes.append((slots, patches, images))
+        return sizes
+
+    def segment(self, number: int, num_turns: int) -> tuple[list[Text | Picture], Size]:
+        """(the sample's first turns with their pictures decoded, their size).
+
+        Raises:
+            UserError: it cannot be used.
+        """
+        at = self.find(number)
+        turns, frames = self._read(at)
+        pieces: Turn = [piece for turn in turns[:num_turns] for piece in turn]
+        shown = max((piece.index + 1 for piece in pieces if isinstance(piece, Image)), default=0)
+        pictures = [_told(at.where, self._load, frame) for frame in frames[:shown]]
+        parts = place(pieces, pictures)
+        return parts, self._size(parts)
+
+    def _read(self, at: Place) -> tuple[list[Turn], list[Frame]]:
+        source, root = self._sources[at.source], self._roots[at.source]
+        turns, frames = render_turns(source[at.row], self._tokenizer, self._template, at.where, self._data.video_frames)
+        if frames and self.rule is None:
+            raise UserError(f'{at.where}: the sample has frames, but this method reads text; use other data.')
+        return turns, [find_frame(frame, root) for frame in frames]
+
+    def _size(self, parts: Sequence[Text | Picture]) -> Size:
+        shown = [(part.rows, part.cols) for part in parts if isinstance(part, Picture)]
+        text = sum(len(part.ids) for part in parts if isinstance(part, Text))
+        slots = self._lead + text + sum(self.rule.num_tokens(*grid) for grid in shown)
         return slots, sum(self.rule.num_places(*grid) for grid in shown), len(shown)
 
-    def segment(self, number: int) -> list[Text | Picture]:
-        """The sample with its pictures decoded; UserError if it cannot be used."""
-        where, turns, paths = self._read(number)
-        pieces, _ = self._fit(where, turns, paths)
-        shown = max((piece.index + 1 for piece in pieces if isinstance(piece, Image)), default=0)
-        pictures = [self._named(where, self._load, path) for path in paths[:shown]]
-        return place(pieces, pictures)
+    def _frame_grids(self, frame: Frame) -> list[tuple[int, int]]:
+        grids = self._grids.get(frame.name)
+        if grids is None:
+            size = frame.size
+            if size is None:
+                with frame.open() as file:
+                    size = read_size(file)
+            if len(self._grids) >= MAX_KNOWN_SIZES:
+                self._grids.clear()
+            grids = self._grids[frame.name] = fit_grids(*size, self.rule.patch_size, self._policy)
+        return grids
 
-    def _read(self, number: int) -> tuple[str, list[Turn], list[str]]:
-        source = 0
-        while number >= self.sizes[source]:
-            number, source = number - self.sizes[source], source + 1
-        where = self._sources[source].where(number)
-        turns, frames = render_turns(self._sources[source][number], self._tokenizer, self._template, where)
-        if frames and self.rule is None:
-            raise UserError(f'{where}: the sample has frames, but this method reads text; use other data.')
-        return where, turns, [os.path.join(self._roots[source], frame) for frame in frames]
+    def _load(self, frame: Frame) -> list[Picture]:
+        return self._pictures.get(frame.name, lambda: load_pictures(frame, self.rule.patch_size, self._policy))
 
-    def _fit(self, where: str, turns: list[Turn],
-             paths: list[str]) -> tuple[Turn, dict[int, tuple[int, int]]]:
-        """The leading turns that fit a row, and the grids of their pictures. Never cuts inside a turn."""
-        kept: Turn = []
-        grids: dict[int, tuple[int, int]] = {}
-        limits, slots, patches = self.budgets, self._lead, 0
-        for turn in turns:
-            for piece in turn:
-                if isinstance(piece, Image):
-                    grid = self._named(where, self._grid, paths[piece.index])
-                    grids[piece.index] = grid
-                    slots += self._num_slots(grid)
-                    patches += self.rule.num_places(*grid)
-                else:
-                    slots += len(piece.ids)
-            if slots > limits.slots or patches > limits.patches or len(grids) > limits.images:
-                break
-            kept += turn
-        if not kept:
-            needed, room = (slots, patches, len(grids)), tuple(limits[:3])
-            raise UserError(f'{where}: the first turn needs (slots, patches, images) = {needed}, a row has '
-                            f'{room}; raise the limits of Data or shorten the turn.')
-        return kept, grids
 
-    def _num_slots(self, grid: tuple[int, int]) -> int:
-        return self.rule.num_tokens(*grid)
+def find_frame(frame: str | Frame, root: str) -> Frame:
+    """A frame of a row as something to open; names are under the root."""
+    if isinstance(frame, Frame):
+        return frame
+    path = join(root, frame)
+    return Frame(path, functools.partial(open_binary, path))
 
-    def _grid(self, path: str) -> tuple[int, int]:
-        if path not in self._grids:
-            self._grids[path] = fit_grid(*read_size(path), self.rule.patch_size, self._policy)
-        return self._grids[path]
 
-    def _load(self, path: str) -> Picture:
-        return self._cache.get(path, lambda: load_picture(path, self.rule.patch_size, self._policy))
+def _folder(path: str) -> str:
+    """Folder of a file, of any kind of path; '' for a bare name."""
+    return path.rpartition('/')[0]
 
-    @staticmethod
-    def _named(where: str, read: Any, path: str) -> Any:
-        try:
-            return read(path)
-        except UserError as error:
-            raise UserError(f'{where}: {error}') from error
+
+def _names(paths: Sequence[str]) -> list[str]:
+    """Short and different names of the sources, for counters: the ends of their paths."""
+    parts = [path.rstrip('/').split('/') for path in paths]
+    for length in range(1, max(map(len, parts), default=0) + 1):
+        names = ['/'.join(part[-length:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [f'{path}#{number}' for number, path in enumerate(paths)]
+
+
+def _told(where: str, read: Any, frame: Frame) -> Any:
+    try:
+        return read(frame)
+    except UserError as error:
+        raise UserError(f'{where}: {error}') from error
+    except FileNotFoundError as error:
+        raise UserError(f'{where}: image {frame.name} does not exist; check the frames and the image root.') from error
+    except OSError as error:
+        raise UserError(f'{where}: image {frame.name} cannot be read ({error}); check the storage.') from error

@@ -5,10 +5,10 @@ from typing import NamedTuple
 from vora_jax.batch import Batch
 from vora_jax.data.config import Data
 from vora_jax.data.images.decode import read_size
-from vora_jax.data.images.patches import fit_grid, load_picture
+from vora_jax.data.images.patches import fit_grids, load_pictures
 from vora_jax.data.images.picture_cache import PictureCache
 from vora_jax.data.packing import Budgets, Picture, Text, layout, stack
-from vora_jax.data.samples import CACHE_BYTES
+from vora_jax.data.samples import CACHE_BYTES, find_frame
 from vora_jax.data.text.conversation import Image, place, render_prompt
 from vora_jax.data.text.templates import find_template
 from vora_jax.data.text.tokenizer import Tokenizer
@@ -61,8 +61,8 @@ class PromptRows:
                                        tokenizer, template, prompt.system))
             for image in prompt.images:
                 if image not in grids:
-                    grids[image] = _named(prompt.where, self._grid, image)
-            sizes.append(self._size(self._pieces[-1], [grids[image] for image in prompt.images]))
+                    grids[image] = _named(prompt.where, self._grids, image)
+            sizes.append(self._size(self._pieces[-1], [grid for image in prompt.images for grid in grids[image]]))
         slots, patches, images = (max(column) for column in zip(*sizes))
         slots, patches = (-(-max(size, 1) // MULTIPLE) * MULTIPLE for size in (slots, patches))
         # A model with a front end reads patches even where no prompt has a picture.
@@ -95,14 +95,15 @@ class PromptRows:
         patches = sum(self._rule.num_places(*grid) for grid in grids)
         return slots + sum(self._rule.num_tokens(*grid) for grid in grids), patches, len(grids)
 
-    def _grid(self, image: str) -> tuple[int, int]:
+    def _grids(self, image: str) -> list[tuple[int, int]]:
         if self._rule is None:
             raise UserError(f'this checkpoint is a text-only language model, but it is asked about the image '
                             f'{image}; use a checkpoint of a method that sees, or leave the image out.')
-        return fit_grid(*read_size(image), self._rule.patch_size, self._policy)
+        return fit_grids(*read_size(image), self._rule.patch_size, self._policy)
 
-    def _picture(self, image: str) -> Picture:
-        return self._cache.get(image, lambda: load_picture(image, self._rule.patch_size, self._policy))
+    def _picture(self, image: str) -> list[Picture]:
+        frame = find_frame(image, '')
+        return self._cache.get(image, lambda: load_pictures(frame, self._rule.patch_size, self._policy))
 
 
 def _named(where, function, *arguments):

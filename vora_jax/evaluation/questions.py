@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vora_jax.data.sources.json_lines import JsonLines
-from vora_jax.data.text.conversation import check_record
+from vora_jax.data.text.records import check_record
 from vora_jax.evaluation.config import Eval
 from vora_jax.types import UserError
 

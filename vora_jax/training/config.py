@@ -113,7 +113,7 @@ FREE = {
     'Train': ('steps', 'mesh', 'checkpoint', 'log_every', 'workers', 'attention'),
     'Mesh': ('*',),
     'Checkpoint': ('*',),
-    'Data': ('tokenizer', 'max_bad_fraction'),
+    'Data': ('tokenizer', 'max_bad_fraction', 'cache'),
     'Source': ('path', 'image_root'),
 }
 FREE_ANYWHERE = ('attend', 'remat')  # how a module computes, never what

@@ -12,7 +12,6 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from vora_jax.data import loader
 from vora_jax.params import count
 from vora_jax.training import checkpoint, init_from, sharding
 from vora_jax.training import state as state_lib
@@ -23,6 +22,7 @@ from vora_jax.training.interrupt import stop_request
 from vora_jax.training.metrics import Log
 from vora_jax.training.optimizer import schedule
 from vora_jax.training.prefetch import Prefetch
+from vora_jax.training.run_data import open_data
 from vora_jax.training.step import compile_step, make_step
 from vora_jax.types import Params, UserError
 
@@ -61,12 +61,7 @@ def train(config: Train, config_text: str, workdir: str, parse: Callable[[str], 
             return True
 
     # 2. Data, read ahead in a thread.
-    shard = jax.process_index(), jax.process_count()
-    rule = config.method.vision_tokens
-    data = loader.batches(config.data, rule, config.batch_rows, config.seed, shard, config.workers)
-    if data.vocab_size > stage.model.vocab_size:
-        raise UserError(f'{config.data.tokenizer} is a tokenizer of {data.vocab_size} ids, but the model has '
-                        f'vocab_size = {stage.model.vocab_size}; give the model at least as many.')
+    data = open_data(config, folder)
     if record:
         _check_same_data(record, data.manifest, before, config)
         data.set_state(record.data)
@@ -139,6 +134,7 @@ def train(config: Train, config_text: str, workdir: str, parse: Callable[[str], 
                     record, step=done, data=position, seconds=time.perf_counter() - started,
                     num_samples=record.num_samples + row['num_samples'],
                     bad_samples=record.bad_samples + row['bad_samples'],
+                    by_source=_add(record.by_source, row['by_source']),
                 )
                 trouble = trouble or _too_many_bad(record, config.data.max_bad_fraction, data.num_samples)
             if saves or trouble:
@@ -150,8 +146,11 @@ def train(config: Train, config_text: str, workdir: str, parse: Callable[[str], 
             summary = {
                 'steps': done, 'seconds': record.seconds, 'loss': row['loss'],
                 'trainable_params': num_trainable, 'total_params': num_trainable + num_frozen,
-                'tokens_per_second': progress.tokens_per_second, 'pad_fraction': progress.pad_fraction,
+                'tokens_per_second': progress.tokens_per_second, **progress.padding,
+                'epochs': data.epoch(record.data),
                 'num_samples': record.num_samples, 'bad_samples': record.bad_samples,
+                'sources': {name: dict(zip(('samples', 'bad_samples', 'dropped_turns'), counts))
+                            for name, counts in zip(data.source_names, record.by_source)},
             }
             (folder / 'summary.json').write_text(json.dumps(summary, indent=1) + '\n')
         writer.wait()
@@ -161,6 +160,10 @@ def train(config: Train, config_text: str, workdir: str, parse: Callable[[str], 
         log.info('stopped by %s: step %d of %d is saved; run the same command to '
                  'resume.', trouble, done, config.steps)
     return done == config.steps
+
+
+def _add(before: list[list[int]], more: list[list[int]]) -> list[list[int]]:
+    return (np.array(more) + (np.array(before) if before else 0)).tolist()
 
 
 def _find_last(folder: pathlib.Path) -> Record | None:

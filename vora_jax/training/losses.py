@@ -72,12 +72,15 @@ def objective(
 def counts(batch: Batch) -> dict[str, jax.Array]:
     """What a batch holds: numbers of slots, samples, and the share of slots that is padding."""
     text, vision = jnp.sum(batch.modality == TEXT), jnp.sum(batch.vision_slot >= 0)
-    bad = jnp.sum(batch.bad_samples)
+    tally = jnp.sum(batch.tally, axis=0)  # [K, 3]
     return {
         'num_target_tokens': jnp.sum(batch.loss_mask > 0),
         'num_text_tokens': text,
         'num_vision_tokens': vision,
-        'num_samples': jnp.sum(jnp.max(batch.segment_id, axis=1)) + bad,
-        'bad_samples': bad,
+        'num_samples': jnp.sum(tally[:, :2]),
+        'bad_samples': jnp.sum(tally[:, 1]),
+        'dropped_turns': jnp.sum(tally[:, 2]),
+        'by_source': tally,
         'pad_fraction': jnp.mean((batch.segment_id == 0).astype(jnp.float32)),
+        **({} if batch.patches is None else {'patch_pad_fraction': jnp.mean((batch.patches.image_id < 0).astype(jnp.float32))}),
     }

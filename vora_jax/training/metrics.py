@@ -12,7 +12,8 @@ import jax
 import numpy as np
 import tqdm
 
-SUMS = ('num_target_tokens', 'num_text_tokens', 'num_vision_tokens', 'num_samples', 'bad_samples')
+SUMS = ('num_target_tokens', 'num_text_tokens', 'num_vision_tokens', 'num_samples', 'bad_samples', 'dropped_turns',
+        'by_source')
 LATEST = ('lr',)
 
 
@@ -22,7 +23,7 @@ def summarise(rows: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Any]:
     for name in rows[0]:
         values = np.stack([np.asarray(step[name]) for step in rows])
         if name in SUMS:
-            row[name] = int(values.sum())
+            row[name] = values.sum(axis=0).tolist()
         elif name in LATEST:
             row[name] = float(values[-1])
         else:
@@ -38,7 +39,7 @@ class Log:
 
     def __init__(self, workdir: pathlib.Path, start: int, steps: int):
         self._rates: list[float] = []
-        self._pad: list[float] = []
+        self._pad: dict[str, list[float]] = {'pad_fraction': [], 'patch_pad_fraction': []}
         self._steps, self._untimed, self._since = steps, 0, None
         self._on = jax.process_index() == 0
         if self._on:
@@ -55,9 +56,9 @@ class Log:
         return statistics.median(self._rates) if self._rates else 0.0
 
     @property
-    def pad_fraction(self) -> float:
-        """Mean share of slots that is padding."""
-        return statistics.fmean(self._pad) if self._pad else 0.0
+    def padding(self) -> dict[str, float]:
+        """Mean shares of slots, and of places for patches where there are any, that are padding."""
+        return {name: statistics.fmean(values) for name, values in self._pad.items() if values}
 
     @property
     def waits_for_first_step(self) -> bool:
@@ -74,7 +75,8 @@ class Log:
         now = time.perf_counter()
         timed, elapsed = steps[self._untimed:], now - self._since
         self._untimed, self._since = 0, now
-        self._pad += [float(one['pad_fraction']) for one in steps]
+        for name, values in self._pad.items():
+            values += [float(one[name]) for one in steps if name in one]
         if timed:
             tokens = sum(int(one['num_text_tokens']) + int(one['num_vision_tokens']) for one in timed)
             row['tokens_per_second'] = tokens / elapsed

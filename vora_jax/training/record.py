@@ -22,6 +22,7 @@ class Record:
     data: position in the data after the last batch trained on.
     manifest: hash of the data's content.
     num_samples, bad_samples: samples met so far.
+    by_source: of each source, samples, bad samples and dropped turns so far.
     seconds: time spent in training so far.
     format: version of this layout.
     """
@@ -35,6 +36,7 @@ class Record:
     manifest: str = ''
     num_samples: int = 0
     bad_samples: int = 0
+    by_source: list[list[int]] = dataclasses.field(default_factory=list)
     seconds: float = 0.0
     format: int = FORMAT
 

@@ -116,4 +116,4 @@ def smallest_batch(model: Model) -> Batch:
         patches = Patches(pixels, place, place, none, np.zeros((1, 1, 2), np.int32), ids, ids)
     return Batch(tokens=ids, targets=ids, loss_mask=ids.astype(np.float32), modality=np.full((1, 1), TEXT, np.int8),
                  key_start=ids, key_stop=ids + 1, positions=ids, route_slot=ids, segment_id=ids + 1,
-                 vision_slot=none, vision_source=ids, patches=patches, bad_samples=ids[0])
+                 vision_slot=none, vision_source=ids, patches=patches, tally=ids)

@@ -1,0 +1,134 @@
+"""Which samples each row holds, epoch after epoch.
+
+The plan of an epoch is a pure function of the lengths, the budgets, the seed and the epoch's number. Plans are kept in files, so
+that worker processes share them and a resumed run need not repeat the past ones.
+"""
+import json
+import pathlib
+import threading
+from typing import Any, NamedTuple, Sequence
+
+import numpy as np
+
+from vora_jax.data.mixture import epoch_samples
+from vora_jax.data.packing import Budgets, plan
+from vora_jax.data.whole_file import write_whole
+from vora_jax.types import Array
+
+_KEPT = 2  # plans held open: rows are read ahead over the border of an epoch
+
+
+class Padding(NamedTuple):
+    """Shares of an epoch's rows that hold nothing: of their slots, and of their places for patches."""
+
+    slots: float
+    patches: float
+
+
+class Epochs:
+    """The rows of all epochs by number, as arrays of sample numbers. Endless, picklable, safe between threads.
+
+    The files of a folder belong to one set of arguments: its name is to tell them.
+    """
+
+    def __init__(self, folder: pathlib.Path, sizes: Sequence[int], weights: Sequence[float], budgets: Budgets, seed: int,
+                 pack: bool):
+        """Needs `folder / 'lengths.npy'`, the result of `lengths.fit`.
+
+        Args:
+            folder: keeps the plans.
+            sizes, weights: samples and weight of each source.
+            budgets: sizes of a row.
+            seed: of mixture and packing.
+            pack: False gives each sample a row of its own.
+        """
+        self._folder, self._sizes, self._weights = folder, tuple(sizes), tuple(weights)
+        self._budgets, self._seed, self._pack = budgets, seed, pack
+        self.__setstate__({})
+
+    @property
+    def lengths(self) -> Array:
+        """i32[n, 5] see `lengths.fit`."""
+        if self._lengths is None:
+            self._lengths = np.load(self._folder / 'lengths.npy', mmap_mode='r')
+        return self._lengths
+
+    def num_rows(self, epoch: int) -> int:
+        """Rows of an epoch."""
+        with self._lock:
+            return self._count(epoch)
+
+    def num_samples(self, epoch: int) -> int:
+        """Samples of an epoch."""
+        with self._lock:
+            return len(self._plan(epoch)[1])
+
+    def find(self, number: int) -> tuple[int, int]:
+        """(epoch, row in it) of row `number` of the endless sequence."""
+        with self._lock:
+            epoch = 0
+            while number >= (rows := self._count(epoch)):
+                number, epoch = number - rows, epoch + 1
+            return epoch, number
+
+    def __getitem__(self, number: int) -> Array:
+        """i64[k] the samples of row `number` of the endless sequence."""
+        epoch, row = self.find(number)
+        with self._lock:
+            starts, samples = self._plan(epoch)
+        return samples[starts[row]:starts[row + 1]].astype(np.int64)
+
+    def padding(self, epoch: int = 0) -> Padding:
+        """What the epoch's plan leaves empty."""
+        with self._lock:
+            starts, samples = self._plan(epoch)
+        used = self.lengths[samples, :2].sum(0, dtype=np.int64)
+        rows = len(starts) - 1
+        places = rows * self._budgets.patches if self._budgets.patch_dim else 0
+        return Padding(1 - used[0] / (rows * self._budgets.slots), 1 - used[1] / places if places else 0.0)
+
+    def _count(self, epoch: int) -> int:
+        if epoch >= len(self._counts):
+            self._counts = max(self._counts, self._stored_counts(), key=len)
+        while epoch >= len(self._counts):
+            self._counts.append(len(self._plan(len(self._counts))[0]) - 1)
+            text = json.dumps(max(self._counts, self._stored_counts(), key=len))
+            write_whole(self._folder / 'rows.json', lambda file: file.write(text.encode()))
+        return self._counts[epoch]
+
+    def _stored_counts(self) -> list[int]:
+        """Rows of the first epochs, as far as any process has planned them."""
+        path = self._folder / 'rows.json'
+        return json.loads(path.read_bytes()) if path.exists() else []
+
+    def _plan(self, epoch: int) -> tuple[Array, Array]:
+        """(i64[rows + 1] where rows start, i32|i64[n] samples of all rows)."""
+        if epoch not in self._plans:
+            path = self._path(epoch)
+            if not path.exists():
+                self._make(epoch)
+            stored = np.load(path, mmap_mode='r')
+            rows = int(stored[0])
+            while len(self._plans) >= _KEPT:
+                self._plans.pop(min(self._plans))
+            self._plans[epoch] = np.array(stored[1:rows + 2], np.int64), stored[rows + 2:]
+        return self._plans[epoch]
+
+    def _make(self, epoch: int) -> None:
+        samples = epoch_samples(self._sizes, self._weights, self._seed, epoch)
+        rows = plan(self.lengths[samples, :3], self._budgets, (self._seed, epoch), pack=self._pack)
+        small = max(sum(self._sizes), len(samples)) < 1 << 31
+        stored = np.concatenate([[len(rows.starts) - 1], rows.starts, samples[rows.samples]])
+        stored = stored.astype(np.int32 if small else np.int64)
+        write_whole(self._path(epoch), lambda file: np.save(file, stored))
+        self._path(epoch - _KEPT - 1).unlink(missing_ok=True)  # its count stays in rows.json
+
+    def _path(self, epoch: int) -> pathlib.Path:
+        return self._folder / f'plan-{epoch:05}.npy'
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {name: value for name, value in self.__dict__.items() if name not in ('_lock', '_plans', '_lengths')}
+        return {**state, '_counts': list(self._counts)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update({'_counts': []} | state, _lock=threading.Lock(), _plans={}, _lengths=None)

@@ -1,0 +1,44 @@
+"""The batches of a run."""
+import functools
+import logging
+import pathlib
+
+import jax
+import tqdm
+
+from vora_jax.data import loader
+from vora_jax.training.config import Train
+from vora_jax.types import UserError
+
+log = logging.getLogger(__name__)
+
+LOOSE = 0.15  # share of padding from which another budget is proposed
+
+
+def open_data(config: Train, folder: pathlib.Path) -> loader.Loader:
+    """This process's share of the batches, at their beginning; tells how large an epoch is.
+
+    Args:
+        config: the run.
+        folder: its workdir: keeps `data/`, the index and plans, and `quarantine.jsonl`, what could not be used.
+    Raises:
+        UserError: the data cannot be used, or its tokenizer has more ids than the model.
+    """
+    index, count = jax.process_index(), jax.process_count()
+    quarantine = 'quarantine.jsonl' if index == 0 else f'quarantine-{index:05}.jsonl'
+    progress = functools.partial(tqdm.tqdm, leave=False, disable=None if index == 0 else True, unit='chunk')
+    folder.mkdir(parents=True, exist_ok=True)
+    data = loader.batches(
+        config.data, config.method.vision_tokens, config.batch_rows, config.seed, (index, count), config.workers,
+        quarantine=str(folder / quarantine), cache=str(folder / 'data'), progress=progress)
+    vocab_size = config.method.stage(config.stage).model.vocab_size
+    if data.vocab_size > vocab_size:
+        raise UserError(f'{config.data.tokenizer} is a tokenizer of {data.vocab_size} ids, but the model has '
+                        f'vocab_size = {vocab_size}; give the model at least as many.')
+    slots, patches = data.padding
+    log.info('an epoch is %s of %s samples in %s rows, %.1f steps; padding: %.1f %% of slots, %.1f %% of patches',
+             f'{data.epoch_samples:,}', f'{data.num_samples:,}', f'{data.num_rows:,}', data.num_rows / config.batch_rows,
+             100 * slots, 100 * patches)
+    if config.data.pack and patches > LOOSE and data.max_patches_hint < config.data.max_patches:
+        log.info('Data.max_patches = %d would hold as many pictures with less padding', data.max_patches_hint)
+    return data
