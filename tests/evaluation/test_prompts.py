@@ -97,7 +97,7 @@ def test_a_prompt_is_the_training_row_up_to_its_answer(folder, tmp_path, templat
     prompts = PromptRows([Prompt(question, (picture,)), Prompt(question)], data, rule, tokenizer)
     asked, = prompts.batches(2)
     for number in range(2):
-        trained = layout([samples.segment(number)], samples.budgets, rule=rule)
+        trained = layout([samples.segment(number, 1)[0]], samples.budgets, rule=rule)
         length = int((asked.modality[number] != PAD).sum())
         assert length == int(trained.loss_mask.argmax()) + 1  # the last slot of the prompt predicts the answer
         for name in ('tokens', 'modality', 'positions', 'key_start', 'key_stop', 'route_slot'):

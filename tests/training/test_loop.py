@@ -150,7 +150,7 @@ def test_a_merged_checkpoint_is_not_trained_in_place(gin_file, whole, tmp_path):
 
 
 def test_trouble_in_the_data_stops_after_saving(gin_file, tmp_path, monkeypatch):
-    real = loop.loader.batches
+    real = loop.open_data
 
     def breaking(*args):
         loader, start = real(*args), iter(range(4))
@@ -164,7 +164,7 @@ def test_trouble_in_the_data_stops_after_saving(gin_file, tmp_path, monkeypatch)
         monkeypatch.setattr(type(loader), '__next__', read)
         return loader
 
-    monkeypatch.setattr(loop.loader, 'batches', breaking)
+    monkeypatch.setattr(loop, 'open_data', breaking)
     with pytest.raises(UserError, match='row 7 cannot be read; repair it. Step 4 is saved'):
         run(gin_file, tmp_path)
     assert open_checkpoint(tmp_path).metadata.data == {'global_next_index': 32}

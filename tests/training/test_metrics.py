@@ -35,7 +35,7 @@ def test_resuming_cuts_off_later_rows_and_half_a_line(tmp_path):
     log.start_clock()
     for number in (2, 4, 6):
         log.write(number, [step(number), step(number)])
-    assert log.tokens_per_second > 0 and log.pad_fraction == 0.5
+    assert log.tokens_per_second > 0 and log.padding == {'pad_fraction': 0.5}
     log.close()
     path = tmp_path / 'metrics.jsonl'
     path.write_text(path.read_text() + '{"step": 7, "lo')

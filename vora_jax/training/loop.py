@@ -19,6 +19,7 @@ from vora_jax.training.checkpoint import Record
 from vora_jax.training.checkpoint_writer import Writer
 from vora_jax.training.config import Train, changed_binding, differences, first_difference, validate
 from vora_jax.training.interrupt import stop_request
+from vora_jax.training.losses import BY_SOURCE
 from vora_jax.training.metrics import Log
 from vora_jax.training.optimizer import schedule
 from vora_jax.training.prefetch import Prefetch
@@ -134,7 +135,7 @@ def train(config: Train, config_text: str, workdir: str, parse: Callable[[str], 
                     record, step=done, data=position, seconds=time.perf_counter() - started,
                     num_samples=record.num_samples + row['num_samples'],
                     bad_samples=record.bad_samples + row['bad_samples'],
-                    by_source=_add(record.by_source, row['by_source']),
+                    by_source=_add(record.by_source, [row[name] for name in BY_SOURCE]),
                 )
                 trouble = trouble or _too_many_bad(record, config.data.max_bad_fraction, data.num_samples)
             if saves or trouble:
@@ -149,8 +150,7 @@ def train(config: Train, config_text: str, workdir: str, parse: Callable[[str], 
                 'tokens_per_second': progress.tokens_per_second, **progress.padding,
                 'epochs': data.epoch(record.data),
                 'num_samples': record.num_samples, 'bad_samples': record.bad_samples,
-                'sources': {name: dict(zip(('samples', 'bad_samples', 'dropped_turns'), counts))
-                            for name, counts in zip(data.source_names, record.by_source)},
+                **{name: dict(zip(data.source_names, counts)) for name, counts in zip(BY_SOURCE, record.by_source)},
             }
             (folder / 'summary.json').write_text(json.dumps(summary, indent=1) + '\n')
         writer.wait()

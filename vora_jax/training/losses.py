@@ -69,10 +69,15 @@ def objective(
     return loss, {'lm_loss': lm_loss, 'distill_loss': distill_loss, 'distill_layers': layers}
 
 
+# The columns of `Batch.tally`, each a list in the order of the sources.
+BY_SOURCE = ('good_samples_by_source', 'bad_samples_by_source', 'dropped_turns_by_source')
+
+
 def counts(batch: Batch) -> dict[str, jax.Array]:
     """What a batch holds: numbers of slots, samples, and the share of slots that is padding."""
     text, vision = jnp.sum(batch.modality == TEXT), jnp.sum(batch.vision_slot >= 0)
     tally = jnp.sum(batch.tally, axis=0)  # [K, 3]
+    empty = {} if batch.patches is None else {'patch_pad_fraction': jnp.mean((batch.patches.image_id < 0).astype(jnp.float32))}
     return {
         'num_target_tokens': jnp.sum(batch.loss_mask > 0),
         'num_text_tokens': text,
@@ -80,7 +85,7 @@ def counts(batch: Batch) -> dict[str, jax.Array]:
         'num_samples': jnp.sum(tally[:, :2]),
         'bad_samples': jnp.sum(tally[:, 1]),
         'dropped_turns': jnp.sum(tally[:, 2]),
-        'by_source': tally,
+        **{name: tally[:, number] for number, name in enumerate(BY_SOURCE)},
         'pad_fraction': jnp.mean((batch.segment_id == 0).astype(jnp.float32)),
-        **({} if batch.patches is None else {'patch_pad_fraction': jnp.mean((batch.patches.image_id < 0).astype(jnp.float32))}),
+        **empty,
     }

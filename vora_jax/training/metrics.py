@@ -12,8 +12,10 @@ import jax
 import numpy as np
 import tqdm
 
+from vora_jax.training.losses import BY_SOURCE
+
 SUMS = ('num_target_tokens', 'num_text_tokens', 'num_vision_tokens', 'num_samples', 'bad_samples', 'dropped_turns',
-        'by_source')
+        *BY_SOURCE)
 LATEST = ('lr',)
 
 

@@ -22,7 +22,7 @@ class Record:
     data: position in the data after the last batch trained on.
     manifest: hash of the data's content.
     num_samples, bad_samples: samples met so far.
-    by_source: of each source, samples, bad samples and dropped turns so far.
+    by_source: the same of each source, see `losses.BY_SOURCE`.
     seconds: time spent in training so far.
     format: version of this layout.
     """
