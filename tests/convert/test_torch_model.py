@@ -30,7 +30,7 @@ from vora_jax.convert.families.own_layout import Prompting, own_config
 from vora_jax.convert.families.recognise import recognise
 from vora_jax.convert.verify.comparison import load_folder, verify
 from vora_jax.data.config import ImagePolicy
-from vora_jax.data.images.patches import fit_grid, load_picture, patchify
+from vora_jax.data.images.patches import fit_grid, load_pictures, patchify
 from vora_jax.llm.generate import greedy
 from vora_jax.types import TEXT
 from vora_jax.vision.vit import VisionTransformer
@@ -325,7 +325,7 @@ def test_pictures_are_read_as_in_training(policy, exported, tmp_path):
     for mode, picture in pictures.items():
         file = str(tmp_path / f'{mode.replace(";", "")}.png')
         picture.save(file, exif=turned)
-        ours = load_picture(file, 4, policy)
+        ours, = load_pictures(file, 4, policy)
         patches, grid = code.to_patches(PIL.Image.open(file), 4, dataclasses.asdict(policy))
         assert grid == (ours.rows, ours.cols), mode
         np.testing.assert_array_equal(patches.numpy(), ours.pixels, mode)

@@ -98,7 +98,8 @@ def test_missing_placeholders_are_prepended_without_a_line_break():
         (record('q'), 'roles'),
         (record('q', 'a', 'q'), 'roles'),
         (record('q', 'a', roles=('gpt', 'human')), 'roles'),
-        (record('q', 'a', frames='a.png'), 'frames is not a list'),
+        (record('q', 'a', frames=3), 'frames is not a list'),
+        (record('q', 'a', frames=[['a.png']]), 'frames is not a list'),
         (record('q', 'a', frames=[None]), 'frames is not a list'),
         (record('<image>q', 'a'), '1 <image> placeholders for 0 frames'),
         (record('<image><image>q', 'a', frames=['a']), '2 <image> placeholders for 1 frames'),
@@ -125,6 +126,7 @@ def test_prompt_for_generation():
 
 
 def test_place_and_find_template():
-    assert place([Text([1]), Image(1), Image(0)], ['first', 'second']) == [Text([1]), 'second', 'first']
+    # A picture may have become several tiles.
+    assert place([Text([1]), Image(1), Image(0)], [['first'], ['2a', '2b']]) == [Text([1]), '2a', '2b', 'first']
     with pytest.raises(UserError, match='chatml'):
         find_template('alpaca')

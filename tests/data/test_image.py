@@ -1,181 +1,249 @@
-"""Decoding, resizing, patches."""
-
+"""Decoding: what any picture file becomes."""
 import io
-import pickle
+import os
+import struct
+import subprocess
+import sys
+import zlib
 
 import numpy as np
+import PIL.features
 import PIL.Image
 import PIL.ImageOps
 import pytest
 
-from vora_jax.data.config import ImagePolicy
 from vora_jax.data.images.decode import decode, read_size
-from vora_jax.data.images.patches import fit_grid, load_picture, patchify
-from vora_jax.data.images.picture_cache import PictureCache
-from vora_jax.data.packing import Picture
+from vora_jax.data.sources.rows import Frame
 from vora_jax.types import UserError
 
+RNG = np.random.default_rng(0)
+# Ours are ignored, but pytest sets its own filters for each test.
+pytestmark = pytest.mark.filterwarnings('ignore:::PIL')
 
-def saved(image, **options):
+
+def noise(*shape):
+    return RNG.integers(0, 256, shape, np.uint8)
+
+
+def smooth(height=24, width=40):
+    """A picture that lossy formats keep well, different in every corner."""
+    corners = PIL.Image.fromarray(noise(2, 3, 3))
+    return corners.resize((width, height), PIL.Image.Resampling.BILINEAR)
+
+
+def saved(image, format='PNG', **options):
     file = io.BytesIO()
-    image.save(file, **{'format': 'PNG'} | options)
+    image.save(file, format, **options)
     return io.BytesIO(file.getvalue())
 
 
-# Sizes of the smart resize with patches of 14, at least 16 and at most 4,000 of them.
-@pytest.mark.parametrize(
-    'size, expected',
-    [
-        ((211, 422), (210, 420)),
-        ((1080, 1920), (658, 1176)),
-        ((30, 600), (28, 602)),
-        ((2000, 3000), (714, 1078)),
-        ((50, 50), (56, 56)),
-        ((3000, 4000), (756, 1022)),
-    ],
-)
-def test_fit_grid_matches_known_sizes(size, expected):
-    rows, cols = fit_grid(*size, 14, ImagePolicy(max_patches=4000, min_patches=16))
-    assert (rows * 14, cols * 14) == expected
+def pixels(file, **options):
+    return np.asarray(decode(file, **options)).astype(int)
 
 
-def test_fit_grid_keeps_the_limits_and_exact_sizes():
-    assert fit_grid(64, 64, 8, ImagePolicy(64)) == (8, 8)
-    rng = np.random.default_rng(0)
-    for _ in range(500):
-        lowest = int(rng.integers(1, 20))
-        policy = ImagePolicy(lowest + int(rng.integers(0, 30)), lowest)
-        height, width = (int(2 ** rng.uniform(0, 12)) for _ in range(2))
-        rows, cols = fit_grid(height, width, 8, policy)
-        assert rows >= 1 and cols >= 1 and rows * cols <= policy.max_patches, (
-            height,
-            width,
-            policy,
-            rows,
-            cols,
-        )
+def chunk(kind, content):
+    return struct.pack('>I4s', len(content), kind) + content + struct.pack('>I', zlib.crc32(kind + content))
 
 
-def test_patch_order_is_row_column_channel():
-    pixels = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
-    patches = patchify(pixels, 2)
-    assert patches.shape == (6, 12)
-    for number in range(6):
-        row, col = divmod(number, 3)
-        np.testing.assert_array_equal(
-            patches[number].reshape(2, 2, 3), pixels[2 * row : 2 * row + 2, 2 * col : 2 * col + 2]
-        )
-
-
-def test_a_picture_of_the_right_size_keeps_every_pixel():
-    pixels = np.random.default_rng(0).integers(0, 256, (16, 24, 3)).astype(np.uint8)
-    picture = load_picture(saved(PIL.Image.fromarray(pixels)), 8, ImagePolicy(64))
-    assert (picture.rows, picture.cols) == (2, 3) and picture.pixels.dtype == np.uint8
-    np.testing.assert_array_equal(picture.pixels, patchify(pixels, 8))
-    resized = load_picture(saved(PIL.Image.fromarray(pixels)), 8, ImagePolicy(2))
-    assert resized.pixels.shape == (resized.rows * resized.cols, 192) and resized.rows * resized.cols <= 2
+def png(height, width, *chunks, depth=8, color=2, rows=b''):
+    head = chunk(b'IHDR', struct.pack('>IIBBBBB', width, height, depth, color, 0, 0, 0))
+    return b'\x89PNG\r\n\x1a\n' + head + b''.join(chunks) + chunk(b'IDAT', zlib.compress(rows)) + chunk(b'IEND', b'')
 
 
 @pytest.mark.parametrize('orientation', range(1, 9))
-@pytest.mark.parametrize('format', ['JPEG', 'PNG'])
+@pytest.mark.parametrize('format', ['JPEG', 'PNG', 'WEBP', 'TIFF', 'AVIF', 'MPO'])
 def test_exif_orientation_as_pillow_does_it(orientation, format):
-    image = PIL.Image.fromarray(
-        np.kron(np.arange(0, 240, 40, np.uint8).reshape(2, 3), np.ones((8, 8), np.uint8))
-    )
+    if format == 'AVIF' and not PIL.features.check('avif'):
+        pytest.skip('this Pillow reads no AVIF')
     exif = PIL.Image.Exif()
     exif[0x0112] = orientation
-    file = saved(image.convert('RGB'), format=format, exif=exif)
-    expected = PIL.ImageOps.exif_transpose(PIL.Image.open(file))
-    np.testing.assert_array_equal(np.asarray(decode(file)), np.asarray(expected))
-    assert read_size(file) == (expected.height, expected.width)
+    options = {'save_all': True, 'append_images': [smooth()]} if format == 'MPO' else {}
+    file = saved(smooth(), format, exif=exif, **options)
+    expected = PIL.ImageOps.exif_transpose(PIL.Image.open(file)).convert('RGB')
+    np.testing.assert_array_equal(pixels(file), np.asarray(expected))
+    assert read_size(file) == (expected.height, expected.width) == ((24, 40) if orientation < 5 else (40, 24))
+    if format == 'JPEG':
+        pytest.importorskip('simplejpeg')
+        np.testing.assert_array_equal(pixels(file, decoder='simplejpeg'), np.asarray(expected))
 
 
-def test_modes_become_rgb_over_white():
+def test_orientation_behind_the_pixels_of_a_png():
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    whole = saved(smooth()).getvalue()
+    late = io.BytesIO(whole[:-12] + chunk(b'eXIf', exif.tobytes()[6:]) + whole[-12:])
+    expected = np.rot90(np.asarray(PIL.Image.open(late).convert('RGB')), -1)
+    np.testing.assert_array_equal(pixels(late), expected)
+    assert read_size(late) == (40, 24)
+
+
+def test_metadata_that_makes_no_sense_leaves_a_picture_as_it_is():
+    whole = saved(smooth(), 'JPEG', exif=b'Exif\0\0II*\0\xff\xff\xff\xff' + bytes(40))
+    assert read_size(whole) == (24, 40) and decode(whole).size == (40, 24)
+    text = chunk(b'tEXt', b'Raw profile type exif\0\nexif\n 4\nzzzz')
+    assert read_size(io.BytesIO(png(3, 2, text, rows=bytes(21)))) == (3, 2)
+
+
+def test_transparency_shows_the_background():
     rgba = np.zeros((1, 3, 4), np.uint8)
     rgba[0, :, 0], rgba[0, :, 3] = 200, [0, 255, 128]
-    result = np.asarray(decode(saved(PIL.Image.fromarray(rgba))))[0].tolist()
+    result = pixels(saved(PIL.Image.fromarray(rgba)))[0].tolist()
     assert result[0] == [255, 255, 255] and result[1] == [200, 0, 0]
     assert abs(result[2][0] - 227) <= 1 and abs(result[2][1] - 127) <= 1
+    result = pixels(saved(PIL.Image.fromarray(rgba)), background=(10, 20, 30))[0].tolist()
+    assert result[0] == [10, 20, 30] and result[1] == [200, 0, 0]
+    assert abs(result[2][0] - 105) <= 1 and abs(result[2][1] - 10) <= 1
+    grey = PIL.Image.fromarray(np.array([[[9, 0], [9, 255]]], np.uint8), 'LA')
+    assert pixels(saved(grey))[0].tolist() == [[255] * 3, [9] * 3]
+    assert pixels(saved(PIL.Image.new('L', (1, 1), 7), transparency=7)).tolist() == [[[255] * 3]]
+    assert pixels(saved(PIL.Image.new('RGB', (1, 1), (1, 2, 3)), transparency=(1, 2, 3))).tolist() == [[[255] * 3]]
+
+
+def test_palettes():
     palette = PIL.Image.new('P', (1, 1), 0)
     palette.putpalette([10, 20, 30])
-    assert np.asarray(decode(saved(palette))).tolist() == [[[10, 20, 30]]]
-    assert np.asarray(decode(saved(palette, transparency=0))).tolist() == [[[255, 255, 255]]]
+    for format in ('PNG', 'GIF', 'BMP'):
+        assert pixels(saved(palette, format)).tolist() == [[[10, 20, 30]]]
+    assert pixels(saved(palette, transparency=0)).tolist() == [[[255] * 3]]
+    assert pixels(saved(palette, 'GIF', transparency=0)).tolist() == [[[255] * 3]]
+    half = pixels(saved(palette, transparency=bytes([128])))[0, 0]
+    assert np.abs(half - np.rint(127 / 255 * 255 + np.array([10, 20, 30]) * 128 / 255)).max() <= 1
+
+
+def test_deep_and_narrow_pictures():
     grey16 = PIL.Image.fromarray(np.array([[0, 257 * 100, 65535]], np.uint16))
-    assert np.asarray(decode(saved(grey16)))[0, :, 0].tolist() == [0, 100, 255]
-    assert np.asarray(decode(saved(PIL.Image.new('L', (1, 1), 7)))).tolist() == [[[7, 7, 7]]]
+    for format in ('PNG', 'TIFF', 'PPM'):
+        assert pixels(saved(grey16, format))[0, :, 0].tolist() == [0, 100, 255]
+    deep = RNG.integers(0, 65536, (2, 3, 3)).astype('>u2')
+    rows = b''.join(b'\0' + row.tobytes() for row in deep)
+    assert np.abs(pixels(io.BytesIO(png(2, 3, depth=16, rows=rows))) - deep / 257).max() <= 1
+    bits = PIL.Image.fromarray(np.array([[True, False]]))
+    for format in ('PNG', 'TIFF', 'PPM', 'BMP'):
+        assert pixels(saved(bits, format))[0].tolist() == [[255] * 3, [0] * 3]
+    assert pixels(saved(PIL.Image.new('L', (1, 1), 7))).tolist() == [[[7, 7, 7]]]
+    wide = PIL.Image.fromarray(np.array([[-5, 0, 257 * 9, 1 << 20]], np.int32))
+    assert pixels(saved(wide, 'TIFF'))[0, :, 0].tolist() == [0, 0, 9, 255]
 
 
-def test_unreadable_files_give_one_sentence(tmp_path):
-    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
-    whole = saved(PIL.Image.fromarray(noise)).getvalue()
+@pytest.mark.parametrize('white', [1, 255, 65535, 1e9])
+def test_floats_are_taken_by_their_range(white):
+    values = np.array([[-1, 0, 0.25, 0.5, 1, np.nan]], np.float32) * white
+    result = pixels(saved(PIL.Image.fromarray(values), 'TIFF'))[0, :, 0]
+    assert np.abs(result - [0, 0, 63, 127, 255, 0]).max() <= 1
+
+
+def test_colour_spaces():
+    image = smooth()
+    for mode, format in (('CMYK', 'JPEG'), ('CMYK', 'TIFF'), ('YCbCr', 'TIFF'), ('RGB', 'WEBP'), ('RGB', 'JPEG2000')):
+        file = saved(image.convert(mode), format, **({'lossless': True} if format == 'WEBP' else {}))
+        np.testing.assert_array_equal(pixels(file), np.asarray(PIL.Image.open(file).convert('RGB')), f'{mode} {format}')
+        assert np.abs(pixels(file) - np.asarray(image).astype(int)).mean() < 4, (mode, format)  # not inverted
+
+
+@pytest.mark.parametrize('format', ['GIF', 'WEBP', 'PNG', 'TIFF', 'MPO', 'AVIF'])
+def test_the_first_picture_of_several(format):
+    if format == 'AVIF' and not PIL.features.check('avif'):
+        pytest.skip('this Pillow reads no AVIF')
+    first, *others = (PIL.Image.new('RGB', (16, 8), color) for color in ('red', 'lime', 'blue'))
+    file = saved(first, format, save_all=True, append_images=others)
+    assert np.abs(pixels(file) - [255, 0, 0]).max() <= 8 and read_size(file) == (8, 16)
+
+
+def test_damaged_files_give_one_sentence(tmp_path):
+    whole = saved(PIL.Image.fromarray(noise(64, 64, 3))).getvalue()
+    jpeg = saved(smooth(), 'JPEG').getvalue()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 4
     cases = {
         'cut.png': (whole[:-200], 'truncated'),
-        'half.png': (whole[: len(whole) // 2], 'truncated'),
-        'end.png': (whole[:-5], 'broken PNG'),
-        'empty.png': (b'', 'no known image'),
+        'half.png': (whole[:len(whole) // 2], 'truncated'),
+        'end.png': (whole[:-5], 'truncated'),
+        'mark.png': (whole[:-12], 'truncated'),
+        'flipped.png': (bytes(flipped), 'broken PNG'),
+        'cut.jpg': (jpeg[:-2], 'truncated'),
+        'half.jpg': (jpeg[:len(jpeg) // 2], 'truncated'),
+        'head.jpg': (jpeg[:40], 'truncated'),
+        'noise.jpg': (b'\xff\xd8\xff' + bytes(40), 'damaged JPEG header'),
+        'empty.png': (b'', 'the file is empty'),
         'text.png': (b'hi', 'no known image'),
+        'figure.eps': (b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n', 'format EPS is not one of JPEG, '),
+        'figure.pdf': (b'%PDF-1.5\n', 'format PDF is not'),
+        'phone.heic': (b'\0\0\0\x18ftypheic' + bytes(60), 'format HEIF is not'),
     }
     for name, (content, reason) in cases.items():
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(UserError, match=f'(?i){name} cannot be read .*{reason}'):
-            decode(str(tmp_path / name))
-    with pytest.raises(UserError, match='none.png does not exist'):
-        decode(str(tmp_path / 'none.png'))
-    with pytest.raises(UserError, match='does not exist'):
-        read_size(str(tmp_path / 'none.png'))
-    with pytest.raises(UserError, match='cannot be read'):
-        decode(str(tmp_path))
-    with pytest.raises(UserError, match='cannot be read'):
-        decode('a\0b')
+        for file in (str(tmp_path / name), Frame(name, lambda content=content: io.BytesIO(content))):
+            with pytest.raises(UserError, match=f'(?i)^image .*{name} cannot be read .*{reason}.*; replace or remove it.$'):
+                decode(file)
     assert read_size(str(tmp_path / 'cut.png')) == (64, 64)
+    os.mkfifo(tmp_path / 'pipe.png')
+    for name in ('', 'pipe.png', 'a\0b'):
+        for read in (read_size, decode):
+            with pytest.raises(UserError, match='cannot be read'):
+                read(str(tmp_path / name))
+    for read in (read_size, decode):
+        with pytest.raises(UserError, match='none.png does not exist'):
+            read(str(tmp_path / 'none.png'))
 
 
-def test_cache_forgets_the_oldest_and_is_pickled_empty():
-    loads = []
-
-    def load(key):
-        return lambda: loads.append(key) or Picture(np.zeros((1, 40), np.uint8), 1, 1)
-
-    cache = PictureCache(100)
-    for key in 'abacab':
-        cache.get(key, load(key))
-    assert loads == ['a', 'b', 'c', 'b']
-    copy = pickle.loads(pickle.dumps(cache))
-    copy.get('a', load('d'))
-    assert loads[-1] == 'd'
+def test_the_content_decides_what_a_file_is(tmp_path):
+    for number, format in enumerate(('JPEG', 'PNG', 'GIF', 'WEBP')):
+        path = tmp_path / f'{number}.bmp'
+        path.write_bytes(saved(smooth(), format).getvalue())
+        assert decode(path).size == (40, 24) and read_size(path) == (24, 40)
 
 
-@pytest.mark.parametrize('size', [(50, 30), (30, 50), (40, 40), (28, 201)])
-def test_square_policies(size):
-    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
-    file = io.BytesIO()
-    PIL.Image.fromarray(pixels).save(file, 'PNG')
-    crop = ImagePolicy(kind='square_crop', side=28)
-    picture = load_picture(file, 14, crop)
-    assert fit_grid(size[1], size[0], 14, crop) == (2, 2) == (picture.rows, picture.cols)
-    scaled = (int(28 * size[0] / min(size)), int(28 * size[1] / min(size)))
-    left, top = (scaled[0] - 28) // 2, (scaled[1] - 28) // 2
-    whole = PIL.Image.fromarray(pixels).resize(scaled, PIL.Image.Resampling.BICUBIC)
-    np.testing.assert_array_equal(picture.pixels, patchify(np.asarray(whole)[top:top + 28, left:left + 28], 14))
-
-    file.seek(0)
-    picture = load_picture(file, 14, ImagePolicy(kind='square_pad', side=28, color=(1, 2, 3)))
-    canvas = np.full((max(size), max(size), 3), (1, 2, 3), np.uint8)
-    left, top = (max(size) - size[0]) // 2, (max(size) - size[1]) // 2
-    canvas[top:top + size[1], left:left + size[0]] = pixels
-    whole = PIL.Image.fromarray(canvas).resize((28, 28), PIL.Image.Resampling.BICUBIC)
-    np.testing.assert_array_equal(picture.pixels, patchify(np.asarray(whole), 14))
-
-    file.seek(0)
-    picture = load_picture(file, 14, ImagePolicy(kind='square_stretch', side=28))
-    whole = PIL.Image.fromarray(pixels).resize((28, 28), PIL.Image.Resampling.BICUBIC)
-    np.testing.assert_array_equal(picture.pixels, patchify(np.asarray(whole), 14))
+def test_a_frame_that_knows_its_size_is_not_opened():
+    assert read_size(Frame('a', None, (3, 4))) == (3, 4)
+    assert read_size(Frame('a', lambda: saved(smooth()))) == (24, 40)
 
 
-def test_a_square_must_be_whole_patches_within_the_limit():
-    with pytest.raises(UserError, match='no whole patches of 14 pixels'):
-        fit_grid(30, 30, 14, ImagePolicy(kind='square_pad', side=30))
-    with pytest.raises(UserError, match='more than 3 of them'):
-        fit_grid(30, 30, 14, ImagePolicy(kind='square_pad', side=28, max_patches=3))
-    with pytest.raises(UserError, match='do not fit; give square pictures a side'):
-        ImagePolicy(kind='square_crop')
+def test_too_large_files_are_refused_before_they_are_decoded(monkeypatch):
+    tag = struct.pack('<HHII', 256, 4, 1, 40)
+    bombs = {
+        'zeros': png(30000, 30000, rows=bytes(1 << 20)),
+        'just too large': png(1 << 14, (1 << 13) + 1, rows=b''),
+        'screen': b'GIF89a\xff\xff\xff\xff\0\0\0,\0\0\0\0\1\0\1\0\0\2\2D\1\0;',
+        'tiff': saved(smooth(), 'TIFF').getvalue().replace(tag, struct.pack('<HHII', 256, 4, 1, 1 << 25)),
+        'ppm': b'P6 40000 40000 255\n',
+        'bmp': saved(smooth(), 'BMP').getvalue().replace(struct.pack('<II', 40, 24), struct.pack('<II', 1 << 24, 24)),
+        'webp': b'RIFF\x1a\0\0\0WEBPVP8X\x0a\0\0\0\0\0\0\0\xff\xff\xff\xff\xff\xff',
+    }
+    for name, content in bombs.items():
+        for read in (read_size, decode):
+            with pytest.raises(UserError, match='pixels' if name != 'webp' else 'cannot be read'):
+                read(io.BytesIO(content))
+    profile = chunk(b'iCCP', b'a\0\0' + zlib.compress(bytes(64 << 20)))
+    for text in (profile, chunk(b'zTXt', b'a\0\0' + zlib.compress(bytes(64 << 20)))):
+        with pytest.raises(UserError, match='too large'):
+            read_size(io.BytesIO(png(1, 1, text, rows=bytes(4))))
+    monkeypatch.setattr('vora_jax.data.images.open_picture.MAX_BYTES', 99)
+    with pytest.raises(UserError, match='bytes are more than 99'):
+        decode(saved(smooth()))
+
+
+def test_nothing_is_printed():
+    """Not even of a large picture, which Pillow warns of; not with warnings as errors either."""
+    code = ('import io, PIL.Image; from vora_jax.data.images.decode import decode, read_size; file = io.BytesIO();'
+            "PIL.Image.new('1', (9600, 9600)).save(file, 'TIFF', compression='group4'); file.write(bytes(9999));"
+            'print(read_size(file)); file.seek(150); file.write(bytes(9)); print(read_size(file))')
+    done = subprocess.run([sys.executable, '-W', 'error', '-c', code], capture_output=True, text=True)
+    assert done.stderr == '' and done.stdout == '(9600, 9600)\n' * 2
+
+
+def test_simplejpeg_differs_at_most_by_a_rounding(monkeypatch):
+    pytest.importorskip('simplejpeg')
+    for mode in ('RGB', 'L', 'CMYK'):
+        for subsampling in (0, 1, 2):
+            for progressive in (False, True):
+                height, width = (int(side) for side in RNG.integers(1, 90, 2))
+                file = saved(smooth(height, width).convert(mode), 'JPEG', subsampling=subsampling, progressive=progressive)
+                assert np.abs(pixels(file, decoder='simplejpeg') - pixels(file)).max() <= 1
+    png_file = saved(smooth())
+    np.testing.assert_array_equal(pixels(png_file, decoder='simplejpeg'), pixels(png_file))
+    jpeg = saved(smooth(200, 200), 'JPEG').getvalue()
+    with pytest.raises(UserError, match='truncated'):
+        decode(io.BytesIO(jpeg[:len(jpeg) // 2]), decoder='simplejpeg')
+    monkeypatch.setitem(sys.modules, 'simplejpeg', None)
+    with pytest.raises(UserError, match=r"needs the package simplejpeg; install vora_jax\[jpeg\]"):
+        decode(png_file, decoder='simplejpeg')

@@ -258,7 +258,7 @@ def test_bad_samples_are_left_out_counted_and_named_once(folder, tmp_path, caplo
     assert len(messages) == len(loader.warnings) == 4
     for row, reason in (
         (2, 'no.png does not exist'),
-        (5, 'cut.png cannot be read (Truncated'),
+        (5, 'cut.png cannot be read (truncated'),
         (8, 'not valid JSON'),
         (10, '1 <image> placeholders for 2 frames'),
     ):

@@ -1,4 +1,4 @@
-"""`vora prepare` on a small wheel made here, and on JSON-lines files."""
+"""`vora prepare easy-vqa` on a small wheel made here."""
 
 import argparse
 import hashlib
@@ -199,73 +199,6 @@ def test_a_finished_folder_is_kept_and_a_foreign_one_is_refused(wheel, tmp_path,
     with pytest.raises(UserError, match='exists but is not'):
         run('easy-vqa', '--to', tmp_path / 'mine')
     assert (tmp_path / 'mine/notes.txt').read_text() == 'keep'
-
-
-def json_rows(tmp_path, bad=True):
-    (tmp_path / 'pictures').mkdir()
-    for number in range(20):
-        (tmp_path / f'pictures/{number}.png').write_bytes(png(number))
-    rows = [
-        {
-            'id': str(number),
-            'frames': [f'{number}.png'],
-            'conversations': [
-                {'from': 'human', 'value': '<image>\nwhat is it?'},
-                {'from': 'gpt', 'value': 'a square'},
-            ],
-        }
-        for number in range(20)
-    ]
-    if bad:
-        (tmp_path / 'pictures/2.png').write_bytes(png(2)[:-30])
-        rows[1]['frames'] = ['none.png']
-        rows[3]['conversations'][0]['value'] = '<image><image>'
-    (tmp_path / 'rows.json').write_text('\n'.join(map(json.dumps, rows)))
-    return tmp_path / 'rows.json'
-
-
-def test_jsonl_keeps_the_good_rows(tmp_path, capsys):
-    file = json_rows(tmp_path)
-    arguments = ('jsonl', file, '--image-root', tmp_path / 'pictures', '--to', tmp_path / 'out')
-    with pytest.raises(
-        UserError, match=r'3 of 20 rows are bad, .*rows.json row 2: image .*none.png does not exist'
-    ):
-        run(*arguments)
-    assert not (tmp_path / 'out').exists()
-    assert run(*arguments, '--max-bad', '0.2') == 0 and '3 of 20 rows dropped' in capsys.readouterr().out
-    kept = read_rows(tmp_path / 'out/data.jsonl')
-    assert (
-        len(kept) == 17 and kept[1]['id'] == '4' and kept[1]['frames'] == [str(tmp_path / 'pictures/4.png')]
-    )
-    dropped = json.loads((tmp_path / 'out/manifest.json').read_text())['dropped']
-    for row, reason in (
-        (2, 'none.png does not exist'),
-        (3, '2.png cannot be read'),
-        (4, '2 <image> placeholders'),
-    ):
-        assert any(f'row {row}: ' in sentence and reason in sentence for sentence in dropped)
-    assert not (tmp_path / 'out/tokenizer').exists()
-    assert run(*arguments) == 0 and 'already prepared' in capsys.readouterr().out
-
-
-def test_jsonl_trains_a_tokenizer_on_request(tmp_path, capsys):
-    file = json_rows(tmp_path, bad=False)
-    assert (
-        run(
-            'jsonl',
-            file,
-            '--image-root',
-            tmp_path / 'pictures',
-            '--to',
-            tmp_path / 'out',
-            '--vocab-size',
-            280,
-        )
-        == 0
-    )
-    assert load_tokenizer(str(tmp_path / 'out/tokenizer')).vocab_size == 280
-    with pytest.raises(UserError, match='nowhere.json does not exist'):
-        run('jsonl', tmp_path / 'nowhere.json', '--to', tmp_path / 'b')
 
 
 def test_prepare_needs_no_jax():

@@ -7,7 +7,7 @@ import pytest
 
 from vora_jax.cli import main
 from vora_jax.data.prepare.science_qa import FORMATS, groups, prompt_and_answer
-from vora_jax.data.text.conversation import check_record
+from vora_jax.data.text.records import check_record
 
 GOLDEN = json.loads((pathlib.Path(__file__).parent / 'science_qa_golden/prompts.json').read_text(encoding='utf-8'))
 

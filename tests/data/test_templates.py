@@ -253,7 +253,7 @@ def test_find_template_and_place():
     assert all(find_template(name).name == name for name in TEMPLATES)
     with pytest.raises(UserError, match='vicuna_v1'):
         find_template('alpaca')
-    assert place([Text([1]), Image(1), Image(0)], ['first', 'second']) == [Text([1]), 'second', 'first']
+    assert place([Text([1]), Image(1), Image(0)], [['a'], ['b', 'c']]) == [Text([1]), 'b', 'c', 'a']
 
 
 def test_samples_tell_a_template_of_another_tokenizer_at_once(folders, tmp_path):

@@ -5,11 +5,16 @@ Each kind is a module `bench_KIND` of this package with the contents of a verb's
 import argparse
 import importlib
 
+from vora_jax.types import UserError
+
 HELP = """Measure one thing on the present hardware; `vora bench KIND --help` shows its arguments.
 """
-EXAMPLE = 'vora bench attention --slots 4096 --draw mask.png'
+EXAMPLE = """vora bench attention --slots 4096 --draw mask.png
+vora bench data --decoder pillow,simplejpeg"""
 
-KINDS = {'attention': 'attention over a random packed batch: tile area, time, FLOP/s'}
+KINDS = {'attention': 'attention over a random packed batch: tile area, time, FLOP/s',
+         'data': 'reading, decoding and packing: pictures a second, and what they add to a training step'}
+TAKES_GIN = ('data',)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,4 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the kind; 0 on success. UserError on bad input."""
+    if (args.gin_files or args.gin_bindings) and args.kind not in TAKES_GIN:
+        raise UserError(f'bench {args.kind} takes no --gin arguments, only bench {", ".join(TAKES_GIN)} does; leave them '
+                        'out.')
     return args.run_kind(args)

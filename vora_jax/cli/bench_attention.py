@@ -16,6 +16,7 @@ from vora_jax.bench.random_batch import CAPTION, SAMPLES, Drawn, draw, parse
 from vora_jax.bench.sides import random_case
 from vora_jax.bench.tile_statistics import TileStatistics, tile_statistics
 from vora_jax.cli.json_report import write_report
+from vora_jax.cli.text_table import aligned
 from vora_jax.ops.attention import Implementation, choose
 from vora_jax.ops.tile_walk import Tile
 from vora_jax.types import UserError
@@ -98,7 +99,7 @@ def tile_table(statistics: Sequence[TileStatistics]) -> list[str]:
     rows += [(f'{row.tile.queries}x{row.tile.keys}', f'{row.visited:.1%}', f'{row.visited_per_true:.2f}',
               f'{row.visited_per_causal:.2f}', f'{row.loaded:.1%}', f'{row.full:.0%}',
               str(row.zero_rows), str(row.zero_columns)) for row in statistics]
-    return _aligned(rows)
+    return aligned(rows)
 
 
 def timing_table(timings: Sequence[Timing], peak: float | None) -> list[str]:
@@ -112,13 +113,7 @@ def timing_table(timings: Sequence[Timing], peak: float | None) -> list[str]:
             cells += [f'{1e3 * seconds:,.2f}', f'{rate / 1e9:,.1f}', *([f'{rate / peak:.1%}'] if peak else [])]
         differs = 'another mask' if row.difference is None else f'{row.difference:.0e}' if number else '-'
         rows.append((*cells, differs))
-    return _aligned(rows)
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return ['  '.join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))])
-            for row in rows]
+    return aligned(rows)
 
 
 def _print(args: argparse.Namespace, drawn: Drawn, statistics: Sequence[TileStatistics]) -> None:

@@ -30,7 +30,7 @@ VERBS = {
     'verify': 'compare a checkpoint with its exported folder',
     'bench': 'measure attention on the present hardware',
 }
-TAKES_GIN = ('train', 'eval', 'import')  # the others read the configuration that the checkpoint holds
+TAKES_GIN = ('train', 'eval', 'import', 'prepare', 'bench')  # the others read the configuration that the checkpoint holds
 
 _GIN_HELP = """gin arguments:
   --gin.NAME=VALUE      set one value, for example --gin.vora.rank=64 or --gin.Train.stage=finetune

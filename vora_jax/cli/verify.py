@@ -17,7 +17,7 @@ from vora_jax.convert.export.layouts import ADAPTERS
 from vora_jax.convert.export.to_hf import read_record
 from vora_jax.convert.verify.comparison import Comparison, Question, verify
 from vora_jax.data.sources.json_lines import JsonLines
-from vora_jax.data.text.conversation import check_record
+from vora_jax.data.text.records import check_record
 from vora_jax.data.text.tokenizer import IMAGE
 from vora_jax.evaluation.prompts import Prompt, PromptRows
 from vora_jax.model import VisionLanguageModel
@@ -90,6 +90,8 @@ def read_prompts(path: str, num: int) -> list[Prompt]:
         _, exchanges, frames = check_record(rows[number], where)
         question = exchanges[0][0]
         shown = frames[:question.count(IMAGE)]
+        if not all(isinstance(frame, str) for frame in shown):
+            raise UserError(f'{where}: its pictures stand in the row itself; verify with rows that name picture files.')
         files = tuple(os.path.join(os.path.dirname(path), frame) for frame in shown)
         prompts.append(Prompt(question, files, where=where))
     return prompts

@@ -82,6 +82,8 @@ class Data:
     image: how pictures are resized.
     pack: several samples share a row; otherwise one sample a row.
     max_bad_fraction: share of samples that may be unreadable before a run stops, 0 to 1.
+    cut_first_turn: a first turn that is longer than a row loses its end, and an end mark is learned in its place, a quirk of
+        VoRA's code; otherwise such a sample cannot be used. Later turns are left out as a whole.
     video_frames: most frames taken from a video; 0 reads no videos.
     cache: folder that keeps the length index and the plans of the data, so that they are made once; '' keeps them in the
         run's workdir.
@@ -96,6 +98,7 @@ class Data:
     image: ImagePolicy = ImagePolicy()
     pack: bool = True
     max_bad_fraction: float = 0.01
+    cut_first_turn: bool = False
     video_frames: int = 0
     cache: str = ''
 

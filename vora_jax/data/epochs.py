@@ -1,7 +1,7 @@
 """Which samples each row holds, epoch after epoch.
 
-The plan of an epoch is a pure function of the lengths, the budgets, the seed and the epoch's number. Plans are kept in files, so
-that worker processes share them and a resumed run need not repeat the past ones.
+The plan of an epoch is a pure function of the lengths, the budgets, the seed and the epoch's number. Plans are kept in files,
+so that worker processes share them and a resumed run need not repeat the past ones.
 """
 import json
 import pathlib
@@ -50,7 +50,7 @@ class Epochs:
     def lengths(self) -> Array:
         """i32[n, 5] see `lengths.fit`."""
         if self._lengths is None:
-            self._lengths = np.load(self._folder / 'lengths.npy', mmap_mode='r')
+            self._lengths = np.asarray(np.load(self._folder / 'lengths.npy', mmap_mode='r'))
         return self._lengths
 
     def num_rows(self, epoch: int) -> int:
@@ -85,7 +85,7 @@ class Epochs:
         used = self.lengths[samples, :2].sum(0, dtype=np.int64)
         rows = len(starts) - 1
         places = rows * self._budgets.patches if self._budgets.patch_dim else 0
-        return Padding(1 - used[0] / (rows * self._budgets.slots), 1 - used[1] / places if places else 0.0)
+        return Padding(*(float(1 - some / room) if room else 0.0 for some, room in zip(used, (rows * self._budgets.slots, places))))
 
     def _count(self, epoch: int) -> int:
         if epoch >= len(self._counts):
@@ -104,15 +104,19 @@ class Epochs:
     def _plan(self, epoch: int) -> tuple[Array, Array]:
         """(i64[rows + 1] where rows start, i32|i64[n] samples of all rows)."""
         if epoch not in self._plans:
-            path = self._path(epoch)
-            if not path.exists():
-                self._make(epoch)
-            stored = np.load(path, mmap_mode='r')
+            stored = self._load(epoch)
             rows = int(stored[0])
             while len(self._plans) >= _KEPT:
                 self._plans.pop(min(self._plans))
             self._plans[epoch] = np.array(stored[1:rows + 2], np.int64), stored[rows + 2:]
         return self._plans[epoch]
+
+    def _load(self, epoch: int) -> Array:
+        while True:
+            try:
+                return np.asarray(np.load(self._path(epoch), mmap_mode='r'))
+            except FileNotFoundError:  # not made yet, or removed by a process that is further on
+                self._make(epoch)
 
     def _make(self, epoch: int) -> None:
         samples = epoch_samples(self._sizes, self._weights, self._seed, epoch)

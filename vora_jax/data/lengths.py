@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import pathlib
 import shutil
-from typing import Any, Callable, Iterable, Iterator, NamedTuple
+from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from vora_jax.types import Array, UserError
 
 VERSION = 1
 CHUNK = 4096  # samples a file while the index is being built: what an interruption can lose
+LAST = 'reasons.json'  # written last: where it is, the index is complete
 
 
 class Lengths(NamedTuple):
@@ -55,6 +56,12 @@ def fit(lengths: Lengths, budgets: Budgets) -> Array:
     return found
 
 
+def too_long(where: str, size: Sequence[int], budgets: Budgets) -> str:
+    """The sentence about a sample whose first turn, of (slots, patches, images), does not fit a row."""
+    return (f'{where}: the first turn needs (slots, patches, images) = {tuple(size)}, a row has {tuple(budgets[:3])}; raise '
+            'the limits of Data or shorten the turn.')
+
+
 def index_key(samples: Samples, settings: Any) -> str:
     """Hash of all that decides sizes: content of the sources, their pictures' folders, tokenizer, and `settings`."""
     parts = [VERSION, samples.content, [os.path.abspath(root) if '://' not in root else root for root in samples.roots],
@@ -84,13 +91,23 @@ def build(samples: Samples, folder: pathlib.Path, progress: Callable[..., Iterab
     count = -(-len(samples) // CHUNK)
     start = turn[0] * count // turn[1]
     order = [(start + number) % count for number in range(count)]
-    with _pool(samples, parts, workers) as measure:
-        for _ in progress(measure(order), desc='measuring samples', total=count):
-            pass
-    found = _join(parts, folder, count)
+    try:
+        with _pool(samples, parts, workers) as measure:
+            for _ in progress(measure(order), desc='measuring samples', total=count):
+                pass
+        found = _join(parts, folder, count)
+    except FileNotFoundError:  # another run was faster, and has removed the parts
+        found = _read(folder)
+        if found is None:
+            raise
     if turn[1] == 1:  # others may still be at work
         shutil.rmtree(parts, ignore_errors=True)
     return found
+
+
+def forget(folder: pathlib.Path) -> None:
+    """The next `build` measures all samples anew."""
+    (folder / LAST).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -144,13 +161,13 @@ def _join(parts: pathlib.Path, folder: pathlib.Path, count: int) -> Lengths:
             reasons.update(json.loads(stored['reasons'].tobytes()))
     write_whole(folder / 'first.npy', lambda file: np.save(file, np.cumsum(np.concatenate(counts))))
     write_whole(folder / 'sizes.npy', lambda file: np.save(file, np.concatenate(sizes)))
-    write_whole(folder / 'reasons.json', lambda file: file.write(json.dumps(reasons).encode()))  # last: it is complete
+    write_whole(folder / LAST, lambda file: file.write(json.dumps(reasons).encode()))
     return _read(folder)
 
 
 def _read(folder: pathlib.Path) -> Lengths | None:
-    if not (folder / 'reasons.json').exists():
+    if not (folder / LAST).exists():
         return None
-    reasons = json.loads((folder / 'reasons.json').read_bytes())
+    reasons = json.loads((folder / LAST).read_bytes())
     return Lengths(np.load(folder / 'first.npy', mmap_mode='r'), np.load(folder / 'sizes.npy', mmap_mode='r'),
                    {int(number): reason for number, reason in reasons.items()})

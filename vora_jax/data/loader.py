@@ -5,12 +5,11 @@ The position in the data is one integer that means the same on every host and fo
 import dataclasses
 import hashlib
 import json
-import os
 import pathlib
 import sys
 import tempfile
 import weakref
-from typing import Any, Callable, Iterable, Iterator
+from typing import Callable, Iterable, Iterator
 
 import grain
 import numpy as np
@@ -91,6 +90,10 @@ class Loader:
         patches = batch.patches and Patches(*map(np.array, batch.patches))
         return Batch(*map(np.array, batch._replace(patches=0)))._replace(patches=patches)
 
+    def where(self, row: int) -> list[str]:
+        """File and row of each sample of a row, counted through all epochs."""
+        return self._rows.where(row)
+
     def epoch(self, state: dict[str, int]) -> float:
         """Epochs that end at a position from `get_state`: 1.5 is the middle of the second."""
         (position,) = state.values()
@@ -163,13 +166,15 @@ def _rows(samples: Samples, data: Data, seed: int, folder: pathlib.Path, quarant
           progress: Callable[..., Iterable], workers: int, shard: tuple[int, int]) -> Rows:
     """The rows, after measuring what the folder does not know."""
     weights = [source.weight for source in data.sources]
-    if not any(size * weight > 0 for size, weight in zip(samples.sizes, weights)):
+    if sum(size * weight for size, weight in zip(samples.sizes, weights)) < 1:  # an epoch of nothing would never end
         raise UserError('the sources of Data give no sample with these weights; raise Source.weight.')
     rule = samples.rule and dataclasses.asdict(samples.rule)
-    sizes = [data.template, dataclasses.asdict(data.image_policy), rule, data.video_frames]
+    sizes = [data.template, dataclasses.asdict(data.image_policy), rule, data.video_frames,
+             data.cut_first_turn and data.max_slots]
     key = lengths.index_key(samples, sizes)
     _make(folder)
-    index = lengths.build(samples, folder / f'lengths-{key}', progress, workers, shard)
+    measured = folder / f'lengths-{key}'
+    index = lengths.build(samples, measured, progress, workers, shard)
     plans = hashlib.sha256(json.dumps(
         [ORDER_VERSION, key, samples.sizes, weights, samples.budgets, seed, data.pack]).encode()).hexdigest()[:20]
     plans = folder / f'plans-{plans}'
@@ -179,7 +184,12 @@ def _rows(samples: Samples, data: Data, seed: int, folder: pathlib.Path, quarant
         write_whole(plans / 'lengths.npy', lambda file: np.save(file, fitted))
     epochs = Epochs(plans, samples.sizes, weights, samples.budgets, seed, data.pack)
     rows = Rows(samples, epochs, quarantine, data.max_bad_fraction)
-    rows.note_measured(index)
+    try:
+        rows.note_measured(index)
+    except UserError:  # the user may repair pictures, of which the names of these folders know nothing
+        lengths.forget(measured)
+        (plans / 'lengths.npy').unlink(missing_ok=True)
+        raise
     return rows
 
 

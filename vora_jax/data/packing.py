@@ -189,7 +189,7 @@ def plan(lengths: Array, budgets: Budgets, seed: int | tuple[int, ...], *, pack:
     if not pack:
         return Plan(np.arange(len(order) + 1), order)
     rows = _best_fit(lengths, order, limits, max_open)
-    rows = [rows[number] for number in rng.permutation(len(rows))]  # they were closed in an order that tells how full they are
+    rows = [rows[number] for number in rng.permutation(len(rows))]  # the last ones are less full than the others
     starts = np.cumsum([0, *map(len, rows)])
     return Plan(starts, np.concatenate([np.zeros(0, np.int64), *rows]))
 

@@ -12,9 +12,9 @@ MAX_TOLD = 100  # samples that a process logs; the file has all
 
 
 class Quarantine:
-    """JSON lines `{source, row, where, reason}`, one for each sample that could not be used. Picklable, safe between threads.
+    """JSON lines `{source, row, where, reason}`, one for each sample that could not be used; picklable, safe between threads.
 
-    Several processes of a host may share the file: it is locked while one looks whether a sample is there already and adds it.
+    Several processes of a host may share the file: it is locked while one looks whether a sample is there and adds it.
 
     Attributes:
         path: the file; '' keeps the samples in memory only.
@@ -47,14 +47,10 @@ class Quarantine:
                 return False
             line = json.dumps({'source': source, 'row': row, 'where': where, 'reason': reason}, ensure_ascii=False)
             file.seek(0, os.SEEK_END)
-            file.write(line.encode('utf-8', 'replace') + b'\n')
+            file.write(line.encode('utf-8', 'backslashreplace') + b'\n')
             file.flush()
             self._offset = file.tell()
         return True
-
-    def __contains__(self, key: tuple[str, int]) -> bool:
-        """Whether this process knows the sample (source, row) to be unusable."""
-        return key in self._reasons
 
     @property
     def reasons(self) -> list[str]:

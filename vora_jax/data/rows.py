@@ -6,7 +6,7 @@ import numpy as np
 
 from vora_jax.batch import Batch
 from vora_jax.data.epochs import Epochs, Padding
-from vora_jax.data.lengths import Lengths
+from vora_jax.data.lengths import Lengths, too_long
 from vora_jax.data.packing import layout
 from vora_jax.data.quarantine import Quarantine
 from vora_jax.data.samples import Samples
@@ -26,6 +26,7 @@ class Rows:
     def __init__(self, samples: Samples, epochs: Epochs, quarantine: Quarantine, max_bad_fraction: float):
         self._samples, self._epochs, self._quarantine = samples, epochs, quarantine
         self._max_bad = max_bad_fraction
+        self._num_lost, self._failed = 0, set()  # samples: without a place in any plan; that failed when this process read them
 
     @property
     def sizes_hash(self) -> str:
@@ -61,39 +62,43 @@ class Rows:
         return max(largest, fitting)
 
     def note_measured(self, index: Lengths) -> None:
-        """Puts samples that could not be measured, or do not fit a row, into the quarantine; UserError if they are too many."""
-        budgets = self._samples.budgets
+        """Puts samples that could not be measured, or fit no row, into the quarantine; UserError if they are too many."""
         lost = np.flatnonzero(self._epochs.lengths[:, 3] == 0)
-        too_many = self._is_too_many(len(lost))
+        self._num_lost, too_many = len(lost), self._is_too_many(len(lost))
+        reason = ''
         for number in lost[:MAX_NOTED if too_many else None].tolist():
             reason = index.reasons.get(number)
             if reason is None:
-                needed, room = tuple(index.sizes[index.first[number]].tolist()), tuple(budgets[:3])
-                reason = (f'{self._samples.find(number).where}: the first turn needs (slots, patches, images) = {needed}, a '
-                          f'row has {room}; raise the limits of Data or shorten the turn.')
+                needed = index.sizes[index.first[number]].tolist()
+                reason = too_long(self._samples.find(number).where, needed, self._samples.budgets)
             self._note(number, reason)
-        self._check_limit(len(lost))
+        self._check_limit(reason)
+
+    def where(self, number: int) -> list[str]:
+        """File and row of each sample of a row."""
+        return [self._samples.find(sample).where for sample in self._epochs[number].tolist()]
 
     def __getitem__(self, number: int) -> Batch:
         segments, tally = [], np.zeros((len(self._samples.sizes), 3), np.int32)
         for sample in self._epochs[number].tolist():
             at = self._samples.find(sample)
-            planned, turns, dropped = np.split(self._epochs.lengths[sample], [3, 4])
+            *planned, turns, dropped = self._epochs.lengths[sample].tolist()
             try:
-                if not turns[0] or (self._samples.names[at.source], at.row) in self._quarantine:
+                if not turns or sample in self._failed:
                     raise UserError('')
-                segment, size = self._samples.segment(sample, int(turns[0]))
-                if size != tuple(planned.tolist()):
-                    raise UserError(f'{at.where}: its (slots, patches, images) are {size} and were {tuple(planned.tolist())} when '
+                segment, size = self._samples.segment(sample, turns)
+                if size != tuple(planned):
+                    raise UserError(f'{at.where}: its (slots, patches, images) are {size} and were {tuple(planned)} when '
                                     'it was measured; restore the pictures, or remove the folder Data.cache and start anew.')
             except UserError as error:
                 if str(error):
+                    self._failed.add(sample)
                     self._note(sample, str(error))
-                    self._check_limit(len(self._quarantine.reasons))
+                    self._check_limit(str(error))
                 tally[at.source, 1] += 1
                 continue
             segments.append(segment)
-            tally[at.source] += 1, 0, int(dropped[0])
+            tally[at.source] += 1, 0, dropped
         return layout(segments, self._samples.budgets, tally, self._samples.rule)
 
     def _note(self, sample: int, reason: str) -> None:
@@ -103,7 +108,9 @@ class Rows:
     def _is_too_many(self, bad: int) -> bool:
         return bad > self._max_bad * len(self._samples) or bad == len(self._samples)
 
-    def _check_limit(self, bad: int) -> None:
+    def _check_limit(self, example: str) -> None:
+        # Not the lines of the quarantine: those of an earlier run may be repaired by now.
+        bad = self._num_lost + len(self._failed)
         if self._is_too_many(bad):
             raise UserError(f'{bad} of {len(self._samples)} samples cannot be used, more than Data.max_bad_fraction = '
-                            f'{self._max_bad:g} allows; repair the data, the first is {self._quarantine.reasons[0]}')
+                            f'{self._max_bad:g} allows; repair the data, one is {example}')

@@ -6,14 +6,14 @@ rows.
 import bisect
 import functools
 import itertools
-from typing import Any, NamedTuple, Sequence
+from typing import Any, Callable, NamedTuple, Sequence
 
 from vora_jax.data.config import Data
 from vora_jax.data.images.decode import read_size
 from vora_jax.data.images.patches import fit_grids, load_pictures
 from vora_jax.data.images.picture_cache import PictureCache
 from vora_jax.data.packing import Budgets, Picture, Text
-from vora_jax.data.sources.files import join, open_binary
+from vora_jax.data.sources.frames import frame_name, locate
 from vora_jax.data.sources.open_rows import open_rows
 from vora_jax.data.sources.rows import Frame
 from vora_jax.data.text.conversation import Image, Turn, place, render_turns
@@ -127,12 +127,32 @@ class Samples:
         parts = place(pieces, pictures)
         return parts, self._size(parts)
 
-    def _read(self, at: Place) -> tuple[list[Turn], list[Frame]]:
+    def _read(self, at: Place) -> tuple[list[Turn], list[str | Frame]]:
         source, root = self._sources[at.source], self._roots[at.source]
         turns, frames = render_turns(source[at.row], self._tokenizer, self._template, at.where, self._data.video_frames)
         if frames and self.rule is None:
             raise UserError(f'{at.where}: the sample has frames, but this method reads text; use other data.')
-        return turns, [find_frame(frame, root) for frame in frames]
+        frames = [locate(frame, root) for frame in frames]
+        if self._data.cut_first_turn:
+            turns[0] = self._cut(turns[0], frames, at.where)
+        return turns, frames
+
+    def _cut(self, turn: Turn, frames: Sequence[str | Frame], where: str) -> Turn:
+        """A turn that fits a row's slots: its beginning, never half a picture, and a learned end mark."""
+        sizes = [len(piece.ids) if isinstance(piece, Text) else
+                 sum(self.rule.num_tokens(*grid) for grid in _told(where, self._frame_grids, frames[piece.index]))
+                 for piece in turn]
+        room = self.budgets.slots - self._lead
+        if sum(sizes) <= room:
+            return turn
+        kept, room = [], room - 1
+        for piece, size in zip(turn, sizes):
+            if size > room:
+                kept += [Text(piece.ids[:room], piece.supervised)] if isinstance(piece, Text) and room else []
+                break
+            kept.append(piece)
+            room -= size
+        return [*kept, Text([self._template.end_id(self._tokenizer)], supervised=True)]
 
     def _size(self, parts: Sequence[Text | Picture]) -> Size:
         shown = [(part.rows, part.cols) for part in parts if isinstance(part, Picture)]
@@ -140,28 +160,16 @@ class Samples:
         slots = self._lead + text + sum(self.rule.num_tokens(*grid) for grid in shown)
         return slots, sum(self.rule.num_places(*grid) for grid in shown), len(shown)
 
-    def _frame_grids(self, frame: Frame) -> list[tuple[int, int]]:
-        grids = self._grids.get(frame.name)
-        if grids is None:
-            size = frame.size
-            if size is None:
-                with frame.open() as file:
-                    size = read_size(file)
+    def _frame_grids(self, frame: str | Frame) -> list[tuple[int, int]]:
+        name = frame_name(frame)
+        if name not in self._grids:
             if len(self._grids) >= MAX_KNOWN_SIZES:
                 self._grids.clear()
-            grids = self._grids[frame.name] = fit_grids(*size, self.rule.patch_size, self._policy)
-        return grids
+            self._grids[name] = fit_grids(*read_size(frame), self.rule.patch_size, self._policy)
+        return self._grids[name]
 
-    def _load(self, frame: Frame) -> list[Picture]:
-        return self._pictures.get(frame.name, lambda: load_pictures(frame, self.rule.patch_size, self._policy))
-
-
-def find_frame(frame: str | Frame, root: str) -> Frame:
-    """A frame of a row as something to open; names are under the root."""
-    if isinstance(frame, Frame):
-        return frame
-    path = join(root, frame)
-    return Frame(path, functools.partial(open_binary, path))
+    def _load(self, frame: str | Frame) -> list[Picture]:
+        return self._pictures.get(frame_name(frame), lambda: load_pictures(frame, self.rule.patch_size, self._policy))
 
 
 def _folder(path: str) -> str:
@@ -179,12 +187,8 @@ def _names(paths: Sequence[str]) -> list[str]:
     return [f'{path}#{number}' for number, path in enumerate(paths)]
 
 
-def _told(where: str, read: Any, frame: Frame) -> Any:
+def _told(where: str, read: Callable[[str | Frame], Any], frame: str | Frame) -> Any:
     try:
         return read(frame)
     except UserError as error:
         raise UserError(f'{where}: {error}') from error
-    except FileNotFoundError as error:
-        raise UserError(f'{where}: image {frame.name} does not exist; check the frames and the image root.') from error
-    except OSError as error:
-        raise UserError(f'{where}: image {frame.name} cannot be read ({error}); check the storage.') from error

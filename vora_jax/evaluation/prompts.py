@@ -8,7 +8,9 @@ from vora_jax.data.images.decode import read_size
 from vora_jax.data.images.patches import fit_grids, load_pictures
 from vora_jax.data.images.picture_cache import PictureCache
 from vora_jax.data.packing import Budgets, Picture, Text, layout, stack
-from vora_jax.data.samples import CACHE_BYTES, find_frame
+from vora_jax.data.samples import CACHE_BYTES
+from vora_jax.data.sources.frames import frame_name
+from vora_jax.data.sources.rows import Frame
 from vora_jax.data.text.conversation import Image, place, render_prompt
 from vora_jax.data.text.templates import find_template
 from vora_jax.data.text.tokenizer import Tokenizer
@@ -21,12 +23,12 @@ MULTIPLE = 8  # rows are rounded up to it, so that similar runs share a compiled
 class Prompt(NamedTuple):
     """A question to answer.
 
-    images: picture files.    system: system message, or None for the template's.
+    images: picture files, or frames of rows.    system: system message, or None for the template's.
     where: file and row, in front of error messages; '' for none.
     """
 
     question: str
-    images: tuple[str, ...] = ()
+    images: tuple[str | Frame, ...] = ()
     system: str | None = None
     where: str = ''
 
@@ -60,9 +62,10 @@ class PromptRows:
             self._pieces.append(_named(prompt.where, render_prompt, prompt.question, len(prompt.images),
                                        tokenizer, template, prompt.system))
             for image in prompt.images:
-                if image not in grids:
-                    grids[image] = _named(prompt.where, self._grids, image)
-            sizes.append(self._size(self._pieces[-1], [grid for image in prompt.images for grid in grids[image]]))
+                if frame_name(image) not in grids:
+                    grids[frame_name(image)] = _named(prompt.where, self._grids, image)
+            shown = [grid for image in prompt.images for grid in grids[frame_name(image)]]
+            sizes.append(self._size(self._pieces[-1], shown))
         slots, patches, images = (max(column) for column in zip(*sizes))
         slots, patches = (-(-max(size, 1) // MULTIPLE) * MULTIPLE for size in (slots, patches))
         # A model with a front end reads patches even where no prompt has a picture.
@@ -95,15 +98,14 @@ class PromptRows:
         patches = sum(self._rule.num_places(*grid) for grid in grids)
         return slots + sum(self._rule.num_tokens(*grid) for grid in grids), patches, len(grids)
 
-    def _grids(self, image: str) -> list[tuple[int, int]]:
+    def _grids(self, image: str | Frame) -> list[tuple[int, int]]:
         if self._rule is None:
             raise UserError(f'this checkpoint is a text-only language model, but it is asked about the image '
-                            f'{image}; use a checkpoint of a method that sees, or leave the image out.')
+                            f'{frame_name(image)}; use a checkpoint of a method that sees, or leave the image out.')
         return fit_grids(*read_size(image), self._rule.patch_size, self._policy)
 
-    def _picture(self, image: str) -> list[Picture]:
-        frame = find_frame(image, '')
-        return self._cache.get(image, lambda: load_pictures(frame, self._rule.patch_size, self._policy))
+    def _picture(self, image: str | Frame) -> list[Picture]:
+        return self._cache.get(frame_name(image), lambda: load_pictures(image, self._rule.patch_size, self._policy))
 
 
 def _named(where, function, *arguments):

@@ -5,7 +5,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vora_jax.data.sources.json_lines import JsonLines
+from vora_jax.data.sources.frames import frame_name, locate
+from vora_jax.data.sources.open_rows import open_rows
+from vora_jax.data.sources.rows import Frame
 from vora_jax.data.text.records import check_record
 from vora_jax.evaluation.config import Eval
 from vora_jax.types import UserError
@@ -18,7 +20,7 @@ class Question(NamedTuple):
 
     id: the record's id, or its row number.    kind: what its score is grouped by.
     question: text with its `<image>` placeholders.    system: system message of the record, or None.
-    answer: the expected answer.    images: picture files.    where: file and row, for messages.
+    answer: the expected answer.    images: picture files, or frames of rows.    where: file and row, for messages.
     groups: what its score counts in instead of `kind`; () for that alone.
     choice, num_choices: letter of the right choice and how many there are; '' and 0 where it has none.
     """
@@ -28,7 +30,7 @@ class Question(NamedTuple):
     question: str
     system: str | None
     answer: str
-    images: tuple[str, ...]
+    images: tuple[str | Frame, ...]
     where: str
     groups: tuple[str, ...] = ()
     choice: str = ''
@@ -42,7 +44,7 @@ def read_questions(config: Eval) -> list[Question]:
         UserError: the file is missing or empty, a row is malformed or has several questions, or
             `max_per_kind` names a kind that the file does not have.
     """
-    rows = JsonLines(config.data)
+    rows = open_rows(config.data)
     root = config.image_root or os.path.dirname(config.data)
     questions = []
     for number in range(len(rows)):
@@ -52,7 +54,7 @@ def read_questions(config: Eval) -> list[Question]:
             raise UserError(f'{where}: the record has {len(exchanges)} questions; an evaluation reads one a '
                             'row, split it.')
         question, answer = exchanges[0]
-        images = tuple(os.path.join(root, frame) for frame in frames)
+        images = tuple(locate(frame, root) for frame in frames)
         name, kind = str(record.get('id', number)), str(record.get('kind', NO_KIND))
         questions.append(Question(name, kind, question, system, answer, images, where, *_marking(record, where)))
     return choose(questions, config)
@@ -101,20 +103,21 @@ def shuffle_images(questions: Sequence[Question], seed: int) -> list[Question]:
     """
     owners = [index for index, question in enumerate(questions) for _ in question.images]
     files = [image for question in questions for image in question.images]
-    own = [set(questions[owner].images) for owner in owners]
+    names = [frame_name(image) for image in files]
+    own = [{frame_name(image) for image in questions[owner].images} for owner in owners]
     rng = np.random.default_rng(seed)
     places = rng.permutation(len(files))  # slot i shows files[places[i]]
     for slot in range(len(files)):
-        if files[places[slot]] not in own[slot]:
+        if names[places[slot]] not in own[slot]:
             continue
         for other in rng.permutation(len(files)):
-            if files[places[other]] not in own[slot] and files[places[slot]] not in own[other]:
+            if names[places[other]] not in own[slot] and names[places[slot]] not in own[other]:
                 places[[slot, other]] = places[[other, slot]]
                 break
         else:
             raise UserError('the blind run cannot give every question another picture, because too many '
                             'questions share one; evaluate more pictures or leave it out with --no-blind.')
-    shown: list[list[str]] = [[] for _ in questions]
+    shown: list[list[str | Frame]] = [[] for _ in questions]
     for owner, place in zip(owners, places):
         shown[owner].append(files[place])
     return [question._replace(images=tuple(images)) for question, images in zip(questions, shown)]

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from vora_jax.data.config import Data
+from vora_jax.data.sources.frames import frame_name
+from vora_jax.data.sources.rows import Frame
 from vora_jax.data.text.tokenizer import Tokenizer, load_tokenizer
 from vora_jax.evaluation.config import Eval
 from vora_jax.evaluation.prompts import Prompt, PromptRows
@@ -32,21 +34,21 @@ class Prediction(NamedTuple):
     prediction: str
     correct: bool
     blind: str | None = None
-    blind_images: tuple[str, ...] = ()
+    blind_images: tuple[str | Frame, ...] = ()
     blind_correct: bool | None = None
     readable: bool = True
 
     def row(self) -> dict[str, Any]:
         """The prediction as a JSON object."""
         asked = self.question
-        row = {'id': asked.id, 'kind': asked.kind, 'images': list(asked.images), 'question': asked.question,
-               'answer': asked.answer, 'prediction': self.prediction, 'correct': self.correct}
+        row = {'id': asked.id, 'kind': asked.kind, 'images': [frame_name(image) for image in asked.images],
+               'question': asked.question, 'answer': asked.answer, 'prediction': self.prediction, 'correct': self.correct}
         if asked.groups:
             row['groups'] = list(asked.groups)
         if not self.readable:
             row['readable'] = False
         if self.blind is not None:
-            row |= {'blind_images': list(self.blind_images), 'blind_prediction': self.blind,
+            row |= {'blind_images': [frame_name(image) for image in self.blind_images], 'blind_prediction': self.blind,
                     'blind_correct': self.blind_correct}
         return row
 

@@ -202,8 +202,8 @@ def _check_same_data(record: Record, manifest: str, before: Train, config: Train
     told = 'the files of Train.data changed'
     if moved:
         told = f'{moved[0].path} was {moved[0].old!r} and is {moved[0].new!r}'
-    raise UserError(f'{told}, and the content of samples or tokenizer is not what the run was started with; '
-                    'restore it, or give a new --workdir.')
+    raise UserError(f'{told}, and the content of samples or tokenizer is not what the run was started with (or another '
+                    'version of vora packed them); restore it, or give a new --workdir.')
 
 
 def _restore(plan: state_lib.Plan, record: Record, folder: pathlib.Path) -> tuple[state_lib.State, Params]:

@@ -77,7 +77,9 @@ def counts(batch: Batch) -> dict[str, jax.Array]:
     """What a batch holds: numbers of slots, samples, and the share of slots that is padding."""
     text, vision = jnp.sum(batch.modality == TEXT), jnp.sum(batch.vision_slot >= 0)
     tally = jnp.sum(batch.tally, axis=0)  # [K, 3]
-    empty = {} if batch.patches is None else {'patch_pad_fraction': jnp.mean((batch.patches.image_id < 0).astype(jnp.float32))}
+    empty = {}
+    if batch.patches is not None:
+        empty = {'patch_pad_fraction': jnp.mean((batch.patches.image_id < 0).astype(jnp.float32))}
     return {
         'num_target_tokens': jnp.sum(batch.loss_mask > 0),
         'num_text_tokens': text,

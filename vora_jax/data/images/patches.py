@@ -7,22 +7,43 @@ import PIL.Image
 
 from vora_jax.data.config import ImagePolicy
 from vora_jax.data.images.decode import decode
+from vora_jax.data.images.squares import crop_to_square, cut_tiles, fit_tiles, pad_to_square
 from vora_jax.data.packing import Picture
 from vora_jax.types import Array, UserError
 
 
+def fit_grids(height: int, width: int, patch_size: int, policy: ImagePolicy) -> list[tuple[int, int]]:
+    """(rows, cols) of patches of each of the pictures that `load_pictures` makes of a picture of this size.
+
+    Raises:
+        UserError: the policy's squares do not fit patches of this size.
+    """
+    if policy.kind == 'native':
+        return [fit_grid(height, width, patch_size, policy)]
+    squares = 1
+    if policy.kind == 'tiles':
+        rows, cols = fit_tiles(height, width, policy.side, policy.tiles)
+        squares += rows * cols
+    check_squares(patch_size, policy)
+    return [(policy.side // patch_size,) * 2] * squares
+
+
+def check_squares(patch_size: int, policy: ImagePolicy) -> None:
+    """UserError if squares of the policy's side are no whole patches, or may be more patches than it allows."""
+    most = 1 + max((rows * cols for rows, cols in policy.tiles), default=0)
+    if policy.side % patch_size or most * (policy.side // patch_size) ** 2 > policy.max_patches:
+        squares = f'{most} squares of {policy.side}' if policy.tiles else str(policy.side)
+        raise UserError(f'ImagePolicy.side: {squares} pixels are no whole patches of {patch_size} pixels, or more '
+                        f'than {policy.max_patches} of them; choose another side or raise the limit of patches.')
+
+
 def fit_grid(height: int, width: int, patch_size: int, policy: ImagePolicy) -> tuple[int, int]:
-    """(rows, cols) of patches that a picture of this size is resized to: its own aspect ratio, within the
+    """(rows, cols) of patches that a native picture of this size is resized to: its own aspect ratio, within the
     policy's limits.
 
     Qwen2-VL's rule: each side to the nearest multiple of the patch size; if that is over (under) the limit,
-    both sides are scaled by the same factor first and rounded down (up). A square policy has one answer for all.
+    both sides are scaled by the same factor first and rounded down (up).
     """
-    if policy.kind != 'native':
-        if policy.side % patch_size or (policy.side // patch_size)**2 > policy.max_patches:
-            raise UserError(f'ImagePolicy.side: {policy.side} pixels are no whole patches of {patch_size} pixels, or more '
-                            f'than {policy.max_patches} of them; choose another side or raise the limit of patches.')
-        return (policy.side // patch_size,) * 2
     rows, cols = max(1, round(height / patch_size)), max(1, round(width / patch_size))
     area = height * width / patch_size ** 2
     if rows * cols > policy.max_patches:
@@ -38,6 +59,36 @@ def fit_grid(height: int, width: int, patch_size: int, policy: ImagePolicy) -> t
     return rows, cols
 
 
+def load_pictures(source: Any, patch_size: int, policy: ImagePolicy) -> list[Picture]:
+    """The pictures that the policy makes of one: itself, or its tiles, resized (bicubic) where the size is not right.
+
+    Args:
+        source: see `decode`.
+        patch_size: pixels of a side.
+    Returns:
+        pictures of u8[rows * cols, patch_size * patch_size * 3], with the grids of `fit_grids`.
+    Raises:
+        UserError: see `decode` and `fit_grids`.
+    """
+    image = decode(source, policy.background, policy.decoder)
+    grids = fit_grids(image.height, image.width, patch_size, policy)
+    if policy.kind == 'tiles':
+        images = cut_tiles(image, policy.side, policy.tiles, policy.color)
+    elif policy.kind == 'square_pad':
+        images = [pad_to_square(image, policy.color, policy.side)]
+    elif policy.kind == 'square_crop':
+        images = [crop_to_square(image, policy.side)]
+    else:
+        images = [image]
+    pictures = []
+    for (rows, cols), image in zip(grids, images, strict=True):
+        size = cols * patch_size, rows * patch_size
+        if image.size != size:
+            image = image.resize(size, PIL.Image.Resampling.BICUBIC)
+        pictures.append(Picture(patchify(np.asarray(image), patch_size), rows, cols))
+    return pictures
+
+
 def patchify(pixels: Array, patch_size: int) -> Array:
     """Patches in reading order, each in (row, column, channel) order.
 
@@ -49,41 +100,3 @@ def patchify(pixels: Array, patch_size: int) -> Array:
     rows, cols = pixels.shape[0] // patch_size, pixels.shape[1] // patch_size
     patches = pixels.reshape(rows, patch_size, cols, patch_size, 3).transpose(0, 2, 1, 3, 4)
     return np.ascontiguousarray(patches).reshape(rows * cols, -1)
-
-
-def load_picture(path: Any, patch_size: int, policy: ImagePolicy) -> Picture:
-    """The picture as patches, resized (bicubic) where its size is not already right.
-
-    Raises:
-        UserError: see `decode`.
-    """
-    image = decode(path)
-    rows, cols = fit_grid(image.height, image.width, patch_size, policy)
-    size = (cols * patch_size, rows * patch_size)
-    if policy.kind == 'square_pad':
-        image = pad_to_square(image, policy.color)
-    elif policy.kind == 'square_crop':
-        image = crop_to_square(image, policy.side)
-    if image.size != size:
-        image = image.resize(size, PIL.Image.Resampling.BICUBIC)
-    return Picture(patchify(np.asarray(image), patch_size), rows, cols)
-
-
-def pad_to_square(image: PIL.Image.Image, color: tuple[int, int, int]) -> PIL.Image.Image:
-    """The picture in the middle of a square as large as its longer side."""
-    side = max(image.size)
-    if image.width == image.height:
-        return image
-    square = PIL.Image.new('RGB', (side, side), tuple(color))
-    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return square
-
-
-def crop_to_square(image: PIL.Image.Image, side: int) -> PIL.Image.Image:
-    """The middle of the picture, its shorter side resized to `side` first; as CLIP's processor does it."""
-    short = min(image.size)
-    size = tuple(side if edge == short else int(side * edge / short) for edge in image.size)
-    if size != image.size:
-        image = image.resize(size, PIL.Image.Resampling.BICUBIC)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    return image.crop((left, top, left + side, top + side))

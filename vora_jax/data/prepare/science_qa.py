@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Callable, Iterable
 
 from vora_jax.data.images.decode import decode
-from vora_jax.data.text.conversation import check_record
+from vora_jax.data.text.records import check_record
 from vora_jax.data.text.special_tokens import IMAGE
 from vora_jax.types import UserError
 

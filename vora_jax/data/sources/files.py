@@ -66,7 +66,7 @@ class RangedFile:
     def _read_local(self, offset: int, count: int) -> bytes:
         with self._lock:
             if self._descriptor is None:
-                self._descriptor = os.open(_local(self.path), os.O_RDONLY)
+                self._descriptor = os.open(local(self.path), os.O_RDONLY)
         parts = []
         while count > 0:
             part = os.pread(self._descriptor, min(count, _MAX_READ), offset)
@@ -84,9 +84,9 @@ class RangedFile:
         self._descriptor: int | None = None
         self._lock = threading.Lock()
 
-    def __del__(self):
+    def __del__(self, close: Any = os.close):  # bound now: at exit the module may be gone first
         if getattr(self, '_descriptor', None) is not None:
-            os.close(self._descriptor)
+            close(self._descriptor)
 
 
 def status(path: str) -> Status:
@@ -97,7 +97,7 @@ def status(path: str) -> Status:
         UserError: fsspec or a package it needs is missing.
     """
     if not is_remote(path):
-        found = os.stat(_local(path))
+        found = os.stat(local(path))
         if stat.S_ISDIR(found.st_mode):
             raise IsADirectoryError(f'{path} is a folder')
         if not stat.S_ISREG(found.st_mode):  # reading a pipe would wait for ever
@@ -108,7 +108,7 @@ def status(path: str) -> Status:
         found = system.info(name)
     if found['type'] == 'directory':
         raise IsADirectoryError(f'{path} is a folder')
-    if found['size'] is None:
+    if found.get('size') is None:
         raise OSError('the server does not tell its size')
     return Status(found['size'], ' '.join([str(found['size']), *(f'{found[key]}' for key in _VERSIONS if found.get(key))]))
 
@@ -122,7 +122,7 @@ def open_binary(path: str) -> BinaryIO:
     """
     if not is_remote(path):
         status(path)
-        return open(_local(path), 'rb')
+        return open(local(path), 'rb')
     status(path)  # for its FileNotFoundError
     return io.BufferedReader(_Stream(RangedFile(path)), _BLOCK)
 
@@ -134,10 +134,15 @@ def join(root: str, name: str) -> str:
     return f'{root.rstrip("/")}/{name}' if '://' in root else os.path.join(root, name)
 
 
+def local(path: str) -> str:
+    """The path as the operating system knows it; of a local file."""
+    return path.removeprefix('file://')
+
+
 def is_folder(path: str) -> bool:
     """Whether the path is a folder; OSError if it cannot be reached."""
     if not is_remote(path):
-        return os.path.isdir(_local(path))
+        return os.path.isdir(local(path))
     system, name = file_system(path)
     with as_os_error(path):
         return system.isdir(name)
@@ -204,14 +209,10 @@ class _Stream(io.RawIOBase):
         return part
 
 
-def _local(path: str) -> str:
-    return path.removeprefix('file://')
-
-
 def _names(path: str, literal: bool) -> list[str]:
     """The paths that match, with what stands in front of a remote one's name."""
     if not is_remote(path):
-        return [path] * os.path.exists(_local(path)) if literal else glob.glob(_local(path), recursive=True)
+        return [path] * os.path.exists(local(path)) if literal else glob.glob(local(path), recursive=True)
     system, name = file_system(path)
     with as_os_error(path):
         if literal:

@@ -1,70 +1,76 @@
 """Random access to JSON-lines files."""
-import hashlib
-import json
-import os
-from typing import Any
+from typing import Any, Iterator
 
 import numpy as np
 
+from vora_jax.data.sources.parse_json import parse_json
+from vora_jax.data.sources.span_index import Chunks, SpanIndex
 from vora_jax.types import UserError
 
-_CHUNK = 1 << 26
+_NEWLINE, _RETURN = b'\n\r'
 
 
 class JsonLines:
-    """The rows of a JSON-lines file by number, without reading the file into memory.
+    """The rows of a JSON-lines file by number, without reading the file into memory; empty lines are no rows.
 
-    One pass finds where each non-empty line starts and ends and hashes the file; a row is then one `pread`.
-    Picklable (the file is opened again) and safe to share between threads.
+    Picklable and safe to share between threads, see `SpanIndex`.
 
+    Args:
+        path: the file, local or remote.
+        cache: local folder that keeps the index; '' keeps nothing.
     Attributes:
         path: the file.
         sha256: of its content.
+    Raises:
+        UserError: the file does not exist, cannot be read, or has no rows.
     """
 
-    def __init__(self, path: str):
-        self.path = path
-        self._descriptor: int | None = None
-        if not os.path.isfile(path):
-            raise UserError(f'{path} does not exist; correct the path, or make the data with `vora prepare`.')
-        breaks, digest, offset = [], hashlib.sha256(), 0
-        with open(path, 'rb') as file:
-            while chunk := file.read(_CHUNK):
-                digest.update(chunk)
-                breaks.append(np.flatnonzero(np.frombuffer(chunk, np.uint8) == 10) + offset)
-                offset += len(chunk)
-        self.sha256 = digest.hexdigest()
-        stops = np.concatenate([*breaks, [offset]]).astype(np.int64)
-        starts = np.concatenate([[0], stops[:-1] + 1])
-        kept = np.flatnonzero(stops - starts > 1)  # not 0: drops the empty lines of CRLF files too
-        self._starts, self._stops, self._lines = starts[kept], stops[kept], kept + 1
+    def __init__(self, path: str, cache: str = ''):
+        self._spans = SpanIndex(path, cache, 'lines', find_lines)
+        self.path, self.sha256 = path, self._spans.sha256
         if not len(self):
             raise UserError(f'{path} is empty; it needs at least one JSON line.')
 
     def __len__(self) -> int:
-        return len(self._starts)
+        return len(self._spans)
 
     def where(self, row: int) -> str:
         """File and line number (from 1) of a row, for messages."""
-        return f'{self.path} row {self._lines[row]}'
+        return f'{self.path} row {self._spans.place(row)}'
 
     def __getitem__(self, row: int) -> Any:
         """The parsed row; UserError if it is not JSON."""
-        if self._descriptor is None:
-            self._descriptor = os.open(self.path, os.O_RDONLY)
-        start = int(self._starts[row])
-        line = os.pread(self._descriptor, int(self._stops[row]) - start, start)
-        try:
-            record = json.loads(line)
-            if b'\\u' in line:  # half a surrogate pair is valid JSON but no text: nothing could encode it
-                json.dumps(record, ensure_ascii=False).encode()
-            return record
-        except ValueError as error:
-            raise UserError(f'{self.where(row)}: not valid JSON ({error}); repair or remove it.') from error
+        where = self.where(row)
+        return parse_json(self._spans.read(row, where), where)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, '_descriptor': None}
 
-    def __del__(self):
-        if getattr(self, '_descriptor', None) is not None:
-            os.close(self._descriptor)
+def find_lines(path: str, chunks: Chunks) -> Iterator[np.ndarray]:
+    """The lines without their ends, for `SpanIndex`; a line that holds nothing stops before it starts."""
+    start, stop, last = None, 0, 0  # start: of the line that is not over;  last: byte of the chunk before
+    for offset, chunk in chunks:
+        content = np.frombuffer(chunk, np.uint8)
+        breaks = np.flatnonzero(content == _NEWLINE)
+        start, stop = offset if start is None else start, offset + len(chunk)
+        if len(breaks):
+            lines = np.empty((len(breaks), 2), np.int64)
+            lines[:, 1] = breaks + offset
+            lines[0, 0], lines[1:, 0] = start, lines[:-1, 1] + 1
+            before = content[breaks - 1]
+            before[0] = before[0] if breaks[0] else last
+            start = int(lines[-1, 1]) + 1
+            yield _without_blank(lines, before)
+        last = chunk[-1]
+    if start is not None and stop > start:
+        yield _without_blank(np.array([[start, stop]]), np.array([last]))
+
+
+def _without_blank(lines: np.ndarray, last: np.ndarray) -> np.ndarray:
+    """The lines, blank ones marked.
+
+    Args:
+        lines: i64[lines, 2].
+        last: u8[lines] last byte of each, where it has one.
+    """
+    length = lines[:, 1] - lines[:, 0]
+    lines[(length == 0) | ((length == 1) & (last == _RETURN)), 1] = -1
+    return lines

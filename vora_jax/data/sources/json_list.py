@@ -1,53 +1,53 @@
-"""Rows of a list of conversations.
+"""Random access to one JSON list.
 
-LLaVA's format: one JSON list of `{id, image, conversations: [{from, value}, ...]}`, without `image` where a row is text.
+LLaVA's format: one list of `{id, image, conversations: [{from, value}, ...]}`, without `image` where a row is text.
 Dual-LoRA's variant names the roles `form: question` and `form: answer`.
 """
-import hashlib
-import json
-import pathlib
 from typing import Any
 
+from vora_jax.data.sources.json_elements import SPACE, find_elements
+from vora_jax.data.sources.parse_json import parse_json
+from vora_jax.data.sources.span_index import SpanIndex
 from vora_jax.data.text.special_tokens import IMAGE
 from vora_jax.types import UserError
 
 ROLES = {'question': 'human', 'answer': 'gpt'}
 
 
-class ListedRows:
-    """The rows of the file by number, in the format of `conversation.check_record`; read into memory as a whole.
+class JsonList:
+    """The rows of a JSON list by number, without reading the file into memory, in the format of `records.check_record`.
 
     As LLaVA's loader does: a first answer that nobody asked for is left out, and the picture of a question is moved in
-    front of it, on a line of its own (where it has one).
+    front of it, on a line of its own (where it has one). Picklable and safe to share between threads, see `SpanIndex`.
 
+    Args:
+        path: the file, local or remote.
+        cache: local folder that keeps the index; '' keeps nothing.
     Attributes:
         path: the file.
         sha256: of its content.
+    Raises:
+        UserError: the file does not exist, cannot be read, or is not one list of at least one row. A row that is not JSON
+            itself is told when it is read.
     """
 
-    def __init__(self, path: str):
-        self.path = path
-        try:
-            content = pathlib.Path(path).read_bytes()
-            self._rows = json.loads(content)
-        except OSError as error:
-            raise UserError(f'{path} cannot be read ({error.strerror}); correct the path.') from error
-        except ValueError as error:
-            raise UserError(f'{path} is not JSON ({error}); JSON lines are read by `vora prepare jsonl`.') from error
-        if not isinstance(self._rows, list) or not self._rows:
-            raise UserError(f'{path} is not a list of conversations; JSON lines are read by `vora prepare jsonl`.')
-        self.sha256 = hashlib.sha256(content).hexdigest()
+    def __init__(self, path: str, cache: str = ''):
+        self._spans = SpanIndex(path, cache, 'list', find_elements)
+        self.path, self.sha256 = path, self._spans.sha256
+        if len(self) == 1 and not self._spans.read(0, self.where(0)).strip(SPACE):
+            raise UserError(f'{path} is not a list of conversations: it is empty; it needs at least one row.')
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._spans)
 
     def where(self, row: int) -> str:
         """File and row (from 1), for messages."""
-        return f'{self.path} row {row + 1}'
+        return f'{self.path} row {self._spans.place(row)}'
 
     def __getitem__(self, row: int) -> Any:
-        """The row in our format; what is malformed stays so, for `check_record` to tell."""
-        record = self._rows[row]
+        """The row in our format; what is malformed stays so, for `check_record` to tell. UserError if it is not JSON."""
+        where = self.where(row)
+        record = parse_json(self._spans.read(row, where), where)
         if not isinstance(record, dict) or not isinstance(record.get('conversations'), list):
             return record
         turns = [_turn(turn) for turn in record['conversations']]
@@ -60,9 +60,13 @@ class ListedRows:
 
 
 def _turn(turn: Any) -> Any:
-    if not isinstance(turn, dict):
+    if not isinstance(turn, dict) or not {'from', 'form'} & set(turn):
         return turn
-    role, value = turn.get('from', ROLES.get(turn.get('form'), turn.get('form'))), turn.get('value')
+    role, value = turn.get('from'), turn.get('value')
+    if role is None:
+        role = turn.get('form')
+        role = ROLES.get(role, role) if isinstance(role, str) else role  # a malformed one may be no key
     if role == 'human' and isinstance(value, str) and value.count(IMAGE) == 1:
         value = f'{IMAGE}\n{value.replace(IMAGE, "").strip()}'.strip()
-    return {'from': role, 'value': value}
+    rest = {key: part for key, part in turn.items() if key not in ('from', 'form', 'value')}
+    return {'from': role, **({'value': value} if 'value' in turn else {}), **rest}

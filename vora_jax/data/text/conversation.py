@@ -1,14 +1,12 @@
-"""Conversations to pieces of text and pictures.
-
-The record format is VoRA's: JSON lines `{id, frames, conversations: [{from: human, value}, {from: gpt,
-value}, ...]}` with an optional first `{from: system}` turn.
-"""
+"""Conversations to pieces of text and pictures; `records` tells what a row may hold."""
 import bisect
 import itertools
 import re
 from typing import Any, NamedTuple, Sequence
 
 from vora_jax.data.packing import Picture, Text
+from vora_jax.data.text.record_frames import Named
+from vora_jax.data.text.records import check_record
 from vora_jax.data.text.special_tokens import IMAGE
 from vora_jax.data.text.templates import Template
 from vora_jax.data.text.tokenizer import Tokenizer
@@ -25,58 +23,15 @@ Turn = list[Text | Image]
 Cut = tuple[int, int, Text | Image]  # (begin, stop, what stands there) in a text
 
 
-def check_record(record: Any, where: str) -> tuple[str | None, list[tuple[str, str]], list[str]]:
-    """(system message or None, [(question, answer), ...], frames) of a well-formed record.
-
-    Where frames exist but no question has `<image>`, one for each frame is put in front of the first
-    question.
-
-    Args:
-        record: a parsed JSON line.
-        where: file and row, for the message.
-    Raises:
-        UserError: one sentence that says what is wrong with which row.
-    """
-    def bad(problem: str) -> UserError:
-        return UserError(f'{where}: {problem}.')
-
-    if not isinstance(record, dict):
-        raise bad('the row is not a JSON object; write {"id": ..., "frames": [...], "conversations": [...]}')
-    turns = record.get('conversations')
-    if not isinstance(turns, list) or not turns:
-        raise bad('conversations is missing or empty; it needs a human and a gpt turn')
-    for turn in turns:
-        if not isinstance(turn, dict) or not isinstance(turn.get('value'), str):
-            raise bad('a turn of conversations is not {"from": ..., "value": text}')
-    system = None
-    if turns[0].get('from') == 'system':
-        system, turns = turns[0]['value'], turns[1:]
-    roles = [turn.get('from') for turn in turns]
-    if not turns or roles != ['human', 'gpt'] * (len(turns) // 2):
-        raise bad(f'the roles of conversations are {roles}; they must be human, gpt, human, gpt, ...')
-    frames = record.get('frames', [])
-    if not isinstance(frames, list) or not all(isinstance(frame, str) and frame for frame in frames):
-        raise bad('frames is not a list of file names')
-    questions, answers = ([turn['value'] for turn in turns[start::2]] for start in (0, 1))
-    if any(IMAGE in text for text in (*answers, system or '')):
-        raise bad(f'{IMAGE} stands outside a human turn; move it into the question')
-    placeholders = sum(question.count(IMAGE) for question in questions)
-    if placeholders == 0:
-        questions[0] = IMAGE * len(frames) + questions[0]
-    elif placeholders != len(frames):
-        raise bad(f'{placeholders} {IMAGE} placeholders for {len(frames)} frames; the counts must be equal')
-    return system, list(zip(questions, answers)), frames
-
-
-def render_turns(record: Any, tokenizer: Tokenizer, template: Template,
-                 where: str = 'record') -> tuple[list[Turn], list[str]]:
+def render_turns(record: Any, tokenizer: Tokenizer, template: Template, where: str = 'record',
+                 video_frames: int = 0) -> tuple[list[Turn], list[Named]]:
     """(turns, frames): each turn is one question with its answer; only answers and their end marks are
     supervised.
 
     Raises:
         UserError: see `check_record` and `Template.end_id`.
     """
-    system, exchanges, frames = check_record(record, where)
+    system, exchanges, frames = check_record(record, where, video_frames)
     end = template.end_id(tokenizer)
     if not template.apart:
         return _render_whole(system, exchanges, tokenizer, template, end), frames
@@ -90,9 +45,9 @@ def render_turns(record: Any, tokenizer: Tokenizer, template: Template,
     return turns, frames
 
 
-def render(record: Any, tokenizer: Tokenizer, template: Template, where: str = 'record') -> Turn:
+def render(record: Any, tokenizer: Tokenizer, template: Template, where: str = 'record', video_frames: int = 0) -> Turn:
     """The pieces of the whole record, see `render_turns`."""
-    turns, _ = render_turns(record, tokenizer, template, where)
+    turns, _ = render_turns(record, tokenizer, template, where, video_frames)
     return [piece for turn in turns for piece in turn]
 
 
@@ -118,9 +73,9 @@ def render_prompt(question: str, num_images: int, tokenizer: Tokenizer, template
     return _tokenize(text, [], [], [0], tokenizer, template)[0]
 
 
-def place(pieces: Sequence[Text | Image], pictures: Sequence[Picture]) -> list[Text | Picture]:
-    """The pieces as a segment for `packing.layout`: every `Image` is replaced by its picture."""
-    return [pictures[piece.index] if isinstance(piece, Image) else piece for piece in pieces]
+def place(pieces: Sequence[Text | Image], pictures: Sequence[Sequence[Picture]]) -> list[Text | Picture]:
+    """The pieces as a segment for `packing.layout`: every `Image` is replaced by its picture, or its tiles."""
+    return [part for piece in pieces for part in (pictures[piece.index] if isinstance(piece, Image) else [piece])]
 
 
 def _split_images(text: str, tokenizer: Tokenizer, first_image: int) -> Turn:

@@ -1,0 +1,98 @@
+"""The steps of a training stage, fed by its data pipeline or with batches that wait on the devices."""
+import collections
+import contextlib
+import itertools
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+
+from vora_jax.batch import Batch
+from vora_jax.bench.data_turns import Cost, Side, take_turns
+from vora_jax.training import sharding, state
+from vora_jax.training.config import Train, validate
+from vora_jax.training.loop import IN_FLIGHT
+from vora_jax.training.optimizer import schedule
+from vora_jax.training.prefetch import Prefetch
+from vora_jax.training.run_data import open_data
+from vora_jax.training.step import compile_step, make_step
+
+# Batches that wait on the devices; steps before each measurement, which use up what was read ahead in the meantime.
+CACHED, WARM_STEPS = 4, 12
+
+
+class FedSteps(NamedTuple):
+    """fed, cached: cost of a step. alone: of a batch of the pipeline that nothing else runs beside.
+
+    slot_padding, patch_padding: what the plan of the first epoch leaves empty.    rows, samples: of that epoch.
+    """
+
+    fed: Cost
+    cached: Cost
+    alone: Cost
+    slot_padding: float
+    patch_padding: float
+    rows: int
+    samples: int
+
+
+def measure_steps(config: Train, folder: pathlib.Path, steps: int, repeats: int,
+                  on_call: Callable[[], None] = lambda: None) -> FedSteps:
+    """Times steps of a stage from random weights; checkpoints are neither read nor written.
+
+    Args:
+        config: of the run; its `init_from` is not used.
+        folder: for the index of the data.
+        steps: in each measurement.
+        repeats: rounds in which all take turns.
+        on_call: is called after each of the measurements, 3 a round.
+
+    Raises:
+        UserError: as `training.loop.train` does.
+    """
+    validate(config)
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.check_rows(config, mesh)
+    sharding.check_slots(config, mesh)
+    data = open_data(config, folder)
+    with contextlib.closing(data), sharding.use(mesh):
+        with contextlib.closing(Prefetch(data, sharding.rows(mesh))) as batches:
+            waiting = [next(batches).batch for _ in range(CACHED)]
+            run = _stepper(config, waiting[0], mesh)
+            fed, cached = (ready.batch for ready in batches), itertools.cycle(waiting)
+            run(fed, WARM_STEPS)  # compiles
+
+            def side(feed: Iterator[Batch]) -> Side:
+                return Side(lambda: run(feed, steps), lambda: run(feed, WARM_STEPS))
+            costs = take_turns({'fed': side(fed), 'cached': side(cached)}, repeats, on_call)
+
+        def take(count: int) -> int:
+            return sum(1 for _ in itertools.islice(data, count))
+        alone = take_turns({'alone': Side(lambda: take(steps), lambda: take(WARM_STEPS))}, repeats, on_call)['alone']
+        return FedSteps(costs['fed'], costs['cached'], alone, *data.padding, data.num_rows, data.epoch_samples)
+
+
+def _stepper(config: Train, batch: Batch, mesh: jax.sharding.Mesh) -> Callable[[Iterator[Batch], int], int]:
+    """run(batches, count) -> count: so many steps on the next batches, waited for as `training.loop` does."""
+    stage = config.method.stage(config.stage)
+    rows = config.batch_rows // config.accumulation
+    micro = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), batch)
+    plan = state.plan(stage, config.optimizer, micro, mesh, config.frozen_dtype, config.attention)
+    held, frozen = state.create(plan, config.seed, {})
+    one_step = compile_step(
+        make_step(plan.model, plan.optimizer, schedule(config.optimizer), stage.distill_weight, config.accumulation,
+                  config.seed),
+        plan.state_shardings, plan.frozen_shardings, mesh)
+
+    def run(batches: Iterator[Batch], count: int) -> int:
+        nonlocal held
+        in_flight = collections.deque()
+        for batch in itertools.islice(batches, count):
+            held, metrics = one_step(held, frozen, batch)
+            in_flight.append(metrics['loss'])
+            if len(in_flight) > IN_FLIGHT:
+                in_flight.popleft().block_until_ready()
+        jax.block_until_ready(held)
+        return count
+    return run
