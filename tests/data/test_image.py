@@ -125,11 +125,15 @@ def test_deep_and_narrow_pictures():
     assert pixels(saved(wide, 'TIFF'))[0, :, 0].tolist() == [0, 0, 9, 255]
 
 
+@pytest.mark.filterwarnings('error:::vora_jax')
 @pytest.mark.parametrize('white', [1, 255, 65535, 1e9])
 def test_floats_are_taken_by_their_range(white):
     values = np.array([[-1, 0, 0.25, 0.5, 1, np.nan]], np.float32) * white
     result = pixels(saved(PIL.Image.fromarray(values), 'TIFF'))[0, :, 0]
     assert np.abs(result - [0, 0, 63, 127, 255, 0]).max() <= 1
+    odd = np.array([[np.inf, -np.inf, np.nan, white]], np.float32)
+    odd.view(np.uint32)[0, 2] = 0x7f800001  # a NaN that signals
+    assert pixels(saved(PIL.Image.fromarray(odd), 'TIFF'))[0, :, 0].tolist() == [255, 0, 0, 255]
 
 
 def test_colour_spaces():

@@ -65,14 +65,15 @@ class Rows:
         """Puts samples that could not be measured, or fit no row, into the quarantine; UserError if they are too many."""
         lost = np.flatnonzero(self._epochs.lengths[:, 3] == 0)
         self._num_lost, too_many = len(lost), self._is_too_many(len(lost))
-        reason = ''
+        example = ''
         for number in lost[:MAX_NOTED if too_many else None].tolist():
             reason = index.reasons.get(number)
             if reason is None:
                 needed = index.sizes[index.first[number]].tolist()
                 reason = too_long(self._samples.find(number).where, needed, self._samples.budgets)
             self._note(number, reason)
-        self._check_limit(reason)
+            example = example or reason
+        self._check_limit(example)
 
     def where(self, number: int) -> list[str]:
         """File and row of each sample of a row."""

@@ -84,9 +84,11 @@ def _to_rgb(image: PIL.Image.Image, background: tuple[int, int, int]) -> PIL.Ima
     if image.mode == 'RGB' and 'transparency' not in image.info:
         return image
     if image.mode == 'F':
-        bright = np.nan_to_num(np.asarray(image, np.float64))
-        white = next((white for white in _RANGES if bright.max() <= white), bright.max())
-        image = PIL.Image.fromarray((bright / white * 255).clip(0, 255).astype(np.uint8))
+        with np.errstate(all='ignore'):  # files hold any float; what is none is black
+            bright = np.asarray(image, np.float64)
+            brightest = bright[np.isfinite(bright)].max(initial=0)
+            white = next((white for white in _RANGES if brightest <= white), brightest)
+            image = PIL.Image.fromarray(np.nan_to_num((bright / white * 255).clip(0, 255)).astype(np.uint8))
     elif image.mode.startswith('I'):  # 16 and 32 bit grey; Pillow would clip it
         deep = np.asarray(image).astype(np.float64)
         deep = deep / 257 if deep.max() > 255 else deep

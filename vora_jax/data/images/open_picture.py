@@ -16,7 +16,7 @@ from vora_jax.data.sources.rows import Frame
 from vora_jax.types import UserError
 
 # What Pillow may read. Others start programs (EPS, WMF), have no mark to know them by (TGA), or are not for pictures.
-FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP', 'TIFF', 'PPM', 'AVIF', 'JPEG2000', 'MPO')
+FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP', 'TIFF', 'PPM', 'AVIF', 'JPEG2000')
 MAX_PIXELS = 1 << 27
 MAX_BYTES = 1 << 28
 # Large pictures in very few bytes are damaged, made to harm, or blank: no PNG has more than 8,256 pixels a byte.
@@ -46,7 +46,7 @@ def open_picture(source: Any, whole: bool = False) -> Iterator[PIL.ImageFile.Ima
             file.seek(0)
             with PIL.Image.open(io.BytesIO(file.read()) if whole else file, formats=_formats()) as image:
                 _check_size(image.width, image.height, num_bytes)
-                # One piece: Pillow otherwise feeds its decoders in small ones, which is slower.
+                # In one piece: Pillow feeds its decoders in small ones, which is a little slower.
                 image.decodermaxblock = max(image.decodermaxblock, num_bytes)
                 yield image
     except UserError:
@@ -71,7 +71,7 @@ def _open_file(source: Any) -> contextlib.AbstractContextManager[BinaryIO]:
 
 
 def _name(source: Any) -> str:
-    return str(getattr(source, 'name', 'in memory' if hasattr(source, 'read') else source))
+    return str(getattr(source, 'name', 'in memory') if isinstance(source, Frame) or hasattr(source, 'read') else source)
 
 
 @functools.cache

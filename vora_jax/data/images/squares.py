@@ -7,6 +7,7 @@ import PIL.Image
 from vora_jax.data.images.open_picture import MAX_PIXELS
 
 _BICUBIC = PIL.Image.Resampling.BICUBIC
+_STRIP = 64  # times as long as it is wide
 
 
 def pad_to_square(image: PIL.Image.Image, color: tuple[int, int, int], side: int) -> PIL.Image.Image:
@@ -29,7 +30,7 @@ def pad_to_square(image: PIL.Image.Image, color: tuple[int, int, int], side: int
 def crop_to_square(image: PIL.Image.Image, side: int) -> PIL.Image.Image:
     """The middle of the picture, its shorter side resized to `side` first; as CLIP's processor does it."""
     short = min(image.size)
-    if side * (side * max(image.size) // short) > MAX_PIXELS:  # a strip; most of it is cut away in any case
+    if max(image.size) > _STRIP * short:  # resizing all of it would take more memory than any picture
         image = _center(image, *(min(edge, 8 * short) for edge in image.size))
     size = tuple(side if edge == short else int(side * edge / short) for edge in image.size)
     if size != image.size:
