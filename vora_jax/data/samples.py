@@ -10,7 +10,8 @@ from typing import Any, Callable, NamedTuple, Sequence
 
 from vora_jax.data.config import Data
 from vora_jax.data.images.decode import read_size
-from vora_jax.data.images.patches import fit_grids, load_pictures
+from vora_jax.data.images.fast_jpeg import check_decoder
+from vora_jax.data.images.patches import check_squares, fit_grids, load_pictures
 from vora_jax.data.images.picture_cache import PictureCache
 from vora_jax.data.packing import Budgets, Picture, Text
 from vora_jax.data.sources.frames import frame_name, locate
@@ -73,6 +74,9 @@ class Samples:
             patch_dim = rule.patch_size ** 2 * 3
             self.budgets = Budgets(data.max_slots, data.max_patches, data.max_images, patch_dim)
         self._policy = data.image_policy
+        check_decoder(self._policy.decoder)
+        if rule is not None and self._policy.kind != 'native':
+            check_squares(rule.patch_size, self._policy)
         self._lead = int(rule is not None and rule.route_token)  # slots before a sample's own
 
     def __len__(self) -> int:
