@@ -1,9 +1,13 @@
 """What a method is: its model, stages and tokens per image.
 
-Plain frozen dataclasses that name no array library, so that the data pipeline can read them.
+Plain frozen dataclasses that name no device library, so that the data pipeline can read them.
 """
 import dataclasses
 from typing import Any, Literal
+
+import numpy as np
+
+from vora_jax.types import Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,16 +48,17 @@ class VisionTokenRule:
         windows = images + (patches - images) // self.pool
         return self.tokens_per_place * (windows if self.select == 'patch' else images)
 
-    def sources(self, rows: int, cols: int, place: int, image: int) -> list[int]:
-        """The front-end output (`Batch.vision_source`) of each token of an image.
+    def sources(self, rows: int, cols: int, place: int, image: int) -> Array:
+        """i64[tokens] the front-end output (`Batch.vision_source`) of each token of an image.
 
         place: its first place in `Patches`.    image: its number in the row.
         A window's output stands at its first patch: windows of side 2 of 3 x 3 patches at 0 and 2, 6 and 8.
         """
-        first, places = place + self.cls, [image]
+        places = np.array([image])
         if self.select == 'patch':
-            places = [first + row * cols + col for row in range(0, rows, self.pool) for col in range(0, cols, self.pool)]
-        return [place * self.tokens_per_place + kind for kind in range(self.tokens_per_place) for place in places]
+            windows = np.arange(0, rows, self.pool)[:, None] * cols + np.arange(0, cols, self.pool)
+            places = place + self.cls + windows.ravel()
+        return (places * self.tokens_per_place + np.arange(self.tokens_per_place)[:, None]).ravel()
 
     def num_places(self, rows: int, cols: int) -> int:
         """Places such an image takes in `Patches`: its patches and its [cls] slot."""

@@ -55,8 +55,8 @@ def test_worker_processes_and_pictures(tmp_path, capsys):
     assert out.count('loader, 2 processes') == out.count('loader, threads') == 2 and '\nsimplejpeg, ' in out
     config = tmp_path / 'run.gin'
     config.write_text(tiny_pictures.CONFIG.format(folder=tiny_pictures.make(tmp_path)))
-    rows = '--gin.Train.batch_rows=8'
-    assert main(['bench', 'data', str(config), '--steps', '2', '--repeats', '1', rows, '--gin.Train.workers=1']) == 0
+    bindings = [f'--gin.{one}' for one in ('Train.batch_rows=8', 'Train.workers=1', 'Mesh.data=8', 'Mesh.fsdp=1')]
+    assert main(['bench', 'data', str(config), '--steps', '2', '--repeats', '1', *bindings]) == 0
     out = capsys.readouterr().out
     assert 'step fed by the pipeline' in out and '1 workers' in out and '12 samples in ' in out
 

@@ -1,4 +1,5 @@
 """The exported code makes the ids of our prompts."""
+import dataclasses
 import types
 
 import pytest
@@ -6,6 +7,8 @@ import tiny_tokenizers as tiny
 from tiny_models import tokenizer_folders
 
 from vora_jax.convert.export.tokenizer_files import write_tokenizer_files
+from vora_jax.data.config import ImagePolicy
+from vora_jax.data.images.patches import fit_grids
 from vora_jax.data.text.conversation import Image, render_prompt
 from vora_jax.data.text.templates import TEMPLATES, find_template, jinja
 from vora_jax.data.text.tokenizer import load_tokenizer
@@ -52,6 +55,30 @@ def test_ids_are_those_of_our_prompts(kind, name, folders, tmp_path):
         expected = [token for piece in render_prompt(text, count, ours, template)
                     for token in ([image] * slots[piece.index] if isinstance(piece, Image) else piece.ids)]
         assert row[mask].tolist() == expected, (text, count)
+
+
+@pytest.mark.parametrize('kind, name', [('qwen', 'vora'), ('llama2', 'chatml'), ('own', 'image_first')])
+def test_a_picture_takes_the_slots_of_all_its_tiles(kind, name, folders, tmp_path):
+    from vora_jax.convert.torch_model.processing_vora_jax import make_inputs
+    ours, template = load_tokenizer(folders[kind]), find_template(name)
+    image = write_tokenizer_files(folders[kind], tmp_path, jinja(template, ours), template.end_id(ours))
+    policy = ImagePolicy(kind='tiles', side=8, tiles=((1, 2), (2, 2), (3, 1)))
+    config = types.SimpleNamespace(
+        vision={'patch_embed': {'patch_size': 4}}, image_token_id=image, route_token_id=None,
+        image_policy=dataclasses.asdict(policy), vision_tokens={'pool': 1, 'tokens_per_place': 2, 'select': 'patch'})
+    sizes = [(9, 20), (50, 11), (30, 33)]
+    squares = [len(fit_grids(*size, 4, policy)) for size in sizes]
+    assert squares == [1 + 2, 1 + 3, 1 + 4]
+    asked = [(text, count) for text, count in questions() if count]
+    pictures = [[PIL.new('RGB', (width, height)) for height, width in sizes[-count:]] for _, count in asked]
+    theirs = transformers.AutoTokenizer.from_pretrained(str(tmp_path))
+    inputs = make_inputs(config, theirs, [text for text, _ in asked], pictures)
+    for row, (text, count) in enumerate(asked):
+        shown = squares[-count:]
+        expected = [token for piece in render_prompt(text, count, ours, template)
+                    for token in ([image] * (8 * shown[piece.index]) if isinstance(piece, Image) else piece.ids)]
+        assert inputs['input_ids'][row][inputs['attention_mask'][row].bool()].tolist() == expected, (text, count)
+        assert inputs['image_grid'][row].tolist() == [[2, 2]] * sum(shown) + [[0, 0]] * (9 - sum(shown))
 
 
 def test_every_template_is_asked():

@@ -1,4 +1,4 @@
-"""A generated set of everything that rows are made of: pictures of all sizes and shapes, several of them, none, many turns."""
+"""A generated set of all that rows are made of: pictures of any size and shape, several of them, none, many turns."""
 import hashlib
 import json
 import pathlib
@@ -46,8 +46,8 @@ def made_up_rows(count: int, names: list[str], kinds: tuple[int, ...], seed: int
         frames = [str(name) for name in rng.choice(names, kinds[number % len(kinds)])]
         turns = []
         for turn in range(int(rng.choice([1, 1, 2, 4]))):
-            place = '<image>' * len(frames) if turn == 0 else ''
-            turns += [{'from': 'human', 'value': f'{place}{text(words)} {seed} {number}?'}, {'from': 'gpt', 'value': text(words)}]
+            question = '<image>' * len(frames) * (turn == 0) + f'{text(words)} {seed} {number}?'
+            turns += [{'from': 'human', 'value': question}, {'from': 'gpt', 'value': text(words)}]
         rows.append({'id': f'{seed}-{number}', 'conversations': turns} | ({'frames': frames} if frames else {}))
     return rows
 

@@ -4,6 +4,7 @@ import concurrent.futures
 import json
 import multiprocessing
 import pickle
+import time
 
 import numpy as np
 import pytest
@@ -74,7 +75,8 @@ def test_half_a_source_is_followed_by_its_other_half():
 
 
 def test_sources_are_shuffled_independently():
-    assert epoch_samples([50, 50], [0.5, 0.5], 1)[:25].tolist() != (epoch_samples([50, 50], [0.5, 0.5], 1)[25:] - 50).tolist()
+    samples = epoch_samples([50, 50], [0.5, 0.5], 1)
+    assert samples[:25].tolist() != (samples[25:] - 50).tolist()
 
 
 def test_the_seed_and_the_epoch_decide_all(tmp_path):
@@ -98,21 +100,21 @@ def test_random_access_equals_reading_in_order(tmp_path):
 
 
 def damage(folder, kind):
-    counts = json.loads((folder / 'rows.json').read_text())
-    if kind == 'no counts':
-        (folder / 'rows.json').unlink()
-    elif kind == 'fewer counts':
-        (folder / 'rows.json').write_text(json.dumps(counts[:1]))
+    ends = json.loads((folder / 'ends.json').read_text())
+    if kind == 'no ends':
+        (folder / 'ends.json').unlink()
+    elif kind == 'fewer ends':
+        (folder / 'ends.json').write_text(json.dumps(ends[:1]))
     elif kind == 'no plans':
         assert list(folder.glob('plan-*.npy'))
     if kind in ('no plans', 'nothing'):
         for path in folder.glob('plan-*.npy'):
             path.unlink()
     if kind == 'nothing':
-        (folder / 'rows.json').unlink()
+        (folder / 'ends.json').unlink()
 
 
-@pytest.mark.parametrize('kind', ['whole', 'no counts', 'fewer counts', 'no plans', 'nothing'])
+@pytest.mark.parametrize('kind', ['whole', 'no ends', 'fewer ends', 'no plans', 'nothing'])
 def test_files_may_be_lost_between_runs(tmp_path, kind):
     before = opened(tmp_path)
     count = sum(before.num_rows(epoch) for epoch in range(5))
@@ -123,12 +125,26 @@ def test_files_may_be_lost_between_runs(tmp_path, kind):
     assert [before[row].tolist() for row in range(count)] == expected  # one that was there meanwhile
 
 
-def test_old_plans_are_removed_and_their_counts_stay(tmp_path):
+def test_old_plans_are_removed_and_where_they_end_stays(tmp_path):
     epochs = opened(tmp_path)
     counts = [epochs.num_rows(epoch) for epoch in range(9)]
-    assert json.loads((tmp_path / 'rows.json').read_text()) == counts
+    assert json.loads((tmp_path / 'ends.json').read_text()) == np.cumsum(counts).tolist()
     assert 1 <= len(list(tmp_path.glob('plan-*.npy'))) <= 3
     assert not [path for path in tmp_path.iterdir() if path.name.startswith('.')], 'temporary files are left'
+
+
+def test_many_tiny_epochs_take_no_longer(tmp_path):
+    def tiny():
+        return opened(tmp_path, (2,), budgets=Budgets(1000, 1000, 1000, 12))
+
+    epochs = tiny()
+    assert epochs.find(1000) == (1000, 0)
+    stored = json.loads((tmp_path / 'ends.json').read_text())  # not written anew for each of them
+    assert stored == list(range(1, len(stored) + 1)) and 970 < len(stored) <= 1001
+    start, again = time.perf_counter(), tiny()
+    assert again[1000].tolist() == epochs[1000].tolist() and again.num_rows(0) == 1
+    assert all(again.find(970) == (970, 0) for _ in range(1000))
+    assert time.perf_counter() - start < 1
 
 
 def test_padding_is_what_the_rows_leave_empty(tmp_path):
@@ -171,8 +187,7 @@ def read_all(epochs, count):
     return [epochs[row].tolist() for row in range(count)]
 
 
-@pytest.mark.parametrize('size', [40, 3])
-def test_processes_share_a_folder(tmp_path, size):
+def test_processes_share_a_folder(tmp_path, size=3):
     """Tiny epochs: a process removes plans that another is about to read."""
     expected = opened(tmp_path / 'a', (size,))
     count = sum(expected.num_rows(epoch) for epoch in range(40))

@@ -1,24 +1,17 @@
 """The length index: what fits, and a build that any number of processes start, interrupt and finish."""
 import collections
 import concurrent.futures
-import dataclasses
-import json
 import multiprocessing
 import os
-import pathlib
 import shutil
 import threading
 
 import numpy as np
 import pytest
-from generated_set import RULE, made_up_rows, mixed, write_picture, write_pictures, write_rows, write_tokenizer
 
 from vora_jax.data import lengths
-from vora_jax.data.config import Data, ImagePolicy, Source
-from vora_jax.data.lengths import Lengths, build, fit
-from vora_jax.data.loader import batches
+from vora_jax.data.lengths import Lengths, build, fit, forget
 from vora_jax.data.packing import Budgets
-from vora_jax.data.samples import Samples
 from vora_jax.types import UserError
 
 COUNT = 37
@@ -35,7 +28,8 @@ def test_what_fits_equals_a_plain_loop(seed):
     rng = np.random.default_rng(seed)
     turns = [made_up_turns(rng) for _ in range(rng.integers(1, 60))]
     slots, patches, images = (int(rng.integers(low, high)) for low, high in ((5, 70), (1, 40), (1, 5)))
-    for budgets in (Budgets(slots, patches, images, 12), Budgets(slots), Budgets(1000, 1000, 1000, 12), Budgets(1, 1, 1, 12)):
+    for limits in ((slots, patches, images, 12), (slots,), (1000, 1000, 1000, 12), (1, 1, 1, 12)):
+        budgets = Budgets(*limits)
         room = budgets[:3] if budgets.patch_dim else (slots, 0, 0)
         expected = []
         for sample in turns:
@@ -68,7 +62,8 @@ class MadeUp:
 
 
 def assert_whole(found, count=COUNT):
-    turns = [[] if number % 7 == 3 else [(number + turn, turn, 1) for turn in range(number % 4 + 1)] for number in range(count)]
+    counts = [0 if number % 7 == 3 else number % 4 + 1 for number in range(count)]
+    turns = [[(number + turn, turn, 1) for turn in range(turns)] for number, turns in enumerate(counts)]
     np.testing.assert_array_equal(found.first, np.cumsum([0, *map(len, turns)]))
     np.testing.assert_array_equal(found.sizes, [size for sample in turns for size in sample])
     assert found.sizes.dtype == np.int32
@@ -196,139 +191,15 @@ def test_parts_removed_for_no_reason_are_no_secret(tmp_path):
         if number == 23:
             shutil.rmtree(tmp_path / 'parts')
 
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(UserError, match='was removed while samples were measured'):
         build(MadeUp(stop=remove), tmp_path, plainly)
 
 
-# What the index depends on.
-
-
-@pytest.fixture(scope='module')
-def data(tmp_path_factory):
-    return mixed(tmp_path_factory.mktemp('mixed'), 12)
-
-
-def key_of(data, cache, rule=RULE, seed=0):
-    """Name of the index that a run with this data uses, of those in the folder `cache`."""
-    before = {path: path.stat().st_mtime_ns for path in pathlib.Path(cache).glob('lengths-*')}
-    batches(data, rule, 2, seed, cache=str(cache)).close()
-    after = {path: path.stat().st_mtime_ns for path in pathlib.Path(cache).glob('lengths-*')}
-    new = after.keys() - before.keys()
-    assert len(new) <= 1
-    return new.pop().name if new else None
-
-
-def with_policy(data, **changes):
-    return dataclasses.replace(data, image=dataclasses.replace(data.image, **changes))
-
-
-def test_budgets_weights_packing_and_seed_use_the_same_index(data, tmp_path, monkeypatch):
-    assert key_of(data, tmp_path)
-    monkeypatch.setattr(Samples, 'measure', None)
-    sources = tuple(dataclasses.replace(source, weight=0.7) for source in data.sources)
-    for other in (dataclasses.replace(data, max_slots=300), dataclasses.replace(data, max_patches=100, max_images=9),
-                  dataclasses.replace(data, pack=False), dataclasses.replace(data, sources=sources, max_bad_fraction=0.2)):
-        assert key_of(other, tmp_path) is None
-    assert key_of(data, tmp_path, seed=7) is None
-
-
-def test_all_else_needs_another_index(data, tmp_path):
-    folder = tmp_path / 'copy'
-    shutil.copytree(pathlib.Path(data.tokenizer).parent, folder)
-    copied = [dataclasses.replace(source, path=source.path.replace(str(pathlib.Path(source.path).parent), str(folder)))
-              for source in data.sources]
-    changed = dataclasses.replace(data, sources=tuple(copied))
-    found = [
-        key_of(data, tmp_path),
-        key_of(dataclasses.replace(data, template='plain'), tmp_path),
-        key_of(dataclasses.replace(data, video_frames=3), tmp_path),
-        key_of(with_policy(data, max_patches=20), tmp_path),
-        key_of(with_policy(data, kind='square_pad', side=24), tmp_path),
-        key_of(data, tmp_path, rule=dataclasses.replace(RULE, pool=2)),
-        key_of(data, tmp_path, rule=dataclasses.replace(RULE, patch_size=16)),
-        key_of(data, tmp_path, rule=dataclasses.replace(RULE, route_token=True)),
-        key_of(dataclasses.replace(data, sources=data.sources[::-1]), tmp_path),
-        key_of(dataclasses.replace(data, sources=data.sources[:2]), tmp_path),
-    ]
-    assert key_of(changed, tmp_path) is None, 'content decides, not the name'
-    rows = pathlib.Path(copied[1].path).read_text()
-    pathlib.Path(copied[1].path).write_text(rows.replace('red', 'Red', 1))
-    found.append(key_of(changed, tmp_path))
-    other = write_tokenizer(tmp_path)
-    (pathlib.Path(other) / 'tokenizer.model').write_bytes(b'')
-    from vora_jax.data.text.tokenizer import train_sentencepiece
-    train_sentencepiece(['other words, of course'] * 9, other, 280)
-    found.append(key_of(dataclasses.replace(data, tokenizer=other), tmp_path))
-    moved = tuple(dataclasses.replace(source, image_root=str(folder / 'images')) for source in data.sources)
-    found.append(key_of(dataclasses.replace(data, sources=moved), tmp_path))
-    assert None not in found and len(set(found)) == len(found), found
-
-
-# Pictures change behind the index.
-
-
-def small_set(folder, fraction=1.0):
-    names = write_pictures(folder / 'images', 10, 60)
-    rows = made_up_rows(10, names, (1,))
-    for number, row in enumerate(rows):
-        row['frames'] = [names[number]]
-    source = Source(write_rows(folder / 'rows.jsonl', rows), str(folder / 'images'))
-    options = {'image': ImagePolicy(max_patches=30), 'max_bad_fraction': fraction, 'cache': str(folder / 'cache')}
-    return Data((source,), write_tokenizer(folder), max_slots=256, max_patches=90, max_images=9, **options), names
-
-
-def one_epoch(data, quarantine=''):
-    """Sum of the tallies, and segments laid out, of an epoch."""
-    loader = batches(data, RULE, 1, 0, quarantine=quarantine)
-    try:
-        rows = [next(loader) for _ in range(loader.num_rows)]
-        return sum(row.tally[0].sum(0) for row in rows).tolist(), sum(int(row.segment_id.max()) for row in rows)
-    finally:
-        loader.close()
-
-
-def test_a_picture_that_changed_its_size_is_left_out(tmp_path):
-    data, names = small_set(tmp_path)
-    (good, bad, dropped), segments = one_epoch(data, str(tmp_path / 'quarantine.jsonl'))
-    assert (good, bad, segments) == (10, 0, 10) and not (tmp_path / 'quarantine.jsonl').exists()
-    write_picture(tmp_path / 'images' / names[2], 17, 90, np.random.default_rng(0))
-    (good, bad, dropped), segments = one_epoch(data, str(tmp_path / 'quarantine.jsonl'))
-    assert (good, bad, segments) == (9, 1, 9)
-    (line,) = (tmp_path / 'quarantine.jsonl').read_text().splitlines()
-    assert json.loads(line)['row'] == 2
-    assert 'rows.jsonl row 3: its (slots, patches, images) are (' in line and 'when it was measured' in line
-    shutil.rmtree(tmp_path / 'cache')  # what the sentence says
-    assert one_epoch(data)[1] == 10
-
-
-def test_a_repaired_set_is_measured_anew(tmp_path):
-    """A run that could not start says what is missing, and starts when it is there."""
-    data, names = small_set(tmp_path, fraction=0.1)
-    for name in names[:4]:
-        (tmp_path / 'images' / name).rename(tmp_path / name)
-    for number in range(4):
-        with pytest.raises(UserError, match=rf'^{4 - number} of 10 samples cannot .* row {number + 1}: image .* does not exist'):
-            one_epoch(data, str(tmp_path / 'quarantine.jsonl'))
-        (tmp_path / names[number]).rename(tmp_path / 'images' / names[number])
-        if number == 2:
-            break
-    # The last one is within the limit. What the file holds of before does not count.
-    assert one_epoch(data, str(tmp_path / 'quarantine.jsonl')) [0][:2] == [9, 1]
-    assert len((tmp_path / 'quarantine.jsonl').read_text().splitlines()) == 4
-
-
-def test_failures_of_an_earlier_run_do_not_stop_this_one(tmp_path):
-    """Pictures that could not be decoded were repaired; another is damaged now."""
-    data, names = small_set(tmp_path, fraction=0.1)
-    quarantine = str(tmp_path / 'quarantine.jsonl')
-    assert one_epoch(data, quarantine)[1] == 10
-    whole = {name: (tmp_path / 'images' / name).read_bytes() for name in names}
-    for name in (names[4], names[6]):
-        (tmp_path / 'images' / name).write_bytes(whole[name][:-30])
-    with pytest.raises(UserError, match=r'^2 of 10 samples cannot be used'):
-        one_epoch(data, quarantine)
-    for name in (names[4], names[6]):
-        (tmp_path / 'images' / name).write_bytes(whole[name])
-    (tmp_path / 'images' / names[8]).write_bytes(whole[names[8]][:-30])
-    tally, segments = one_epoch(data, quarantine)
-    assert tally[:2] == [9, 1] and segments == 9
+@pytest.mark.parametrize('turn', [(0, 1), (0, 2)])
+def test_a_forgotten_index_is_measured_anew(tmp_path, turn):
+    build(MadeUp(), tmp_path, plainly, turn=turn)
+    forget(tmp_path)
+    samples = MadeUp()
+    assert_whole(build(samples, tmp_path, plainly, turn=turn))
+    assert len(samples.measured) == COUNT
+    forget(tmp_path / 'nothing')

@@ -20,7 +20,7 @@ def resident(process):
     return int(pathlib.Path(f'/proc/{process}/statm').read_text().split()[1]) * 4096 / 2**20
 
 def children():
-    return [int(process) for path in pathlib.Path('/proc/self/task').glob('*/children') for process in path.read_text().split()]
+    return [int(word) for path in pathlib.Path('/proc/self/task').glob('*/children') for word in path.read_text().split()]
 
 if __name__ == '__main__':
     loader = batches(eval(sys.argv[2]), RULE, 4, 0, (0, 1), int(sys.argv[3]), quarantine=sys.argv[4], cache_bytes=1 << 18)

@@ -65,5 +65,5 @@ def test_losses_of_tokens_do_not_depend_on_packing(data, name):
     assert packed.keys() == alone.keys()
     wrong = max(float(np.abs(packed[sample] - alone[sample]).max()) for sample in alone)
     spread = np.std(np.concatenate(list(alone.values())))
-    print(f'{name}: {sum(map(len, alone.values()))} tokens, losses differ by {wrong:.1e} at most, their spread is {spread:.2f}')
+    print(f'{name}: {sum(map(len, alone.values()))} tokens, losses differ by {wrong:.1e}, their spread is {spread:.2f}')
     assert wrong < 1e-5 and spread > 0.3

@@ -11,7 +11,8 @@ import pytest
 from vora_jax.data import quarantine as quarantine_file
 from vora_jax.data.quarantine import Quarantine
 
-ODD = ['two\nlines\r\n', 'tab\t"quoted" \\back', 'nul\0 bell\a', 'line\u2028separator\x85', '東京 🙂 é', 'half \ud800 a pair', '', ' ']
+ODD = ['two\nlines\r\n', 'tab\t"quoted" \\back', 'nul\0 bell\a', 'line\u2028separator\x85', '東京 🙂 é',
+       'half \ud800 a pair', '', ' ']
 
 
 @pytest.fixture

@@ -3,10 +3,11 @@ import dataclasses
 import json
 
 import numpy as np
+import PIL.Image
 import pytest
 import tiny_pictures
 
-from vora_jax.data.config import Source
+from vora_jax.data.config import ImagePolicy, Source
 from vora_jax.data.packing import layout
 from vora_jax.data.samples import Samples
 from vora_jax.data.text.tokenizer import load_tokenizer
@@ -109,3 +110,38 @@ def test_a_prompt_is_the_training_row_up_to_its_answer(folder, tmp_path, templat
         assert text.endswith('Response:The answer is A.<|im_end|>')
         learned = trained.targets[trained.loss_mask > 0]
         assert tokenizer.decode(learned) == 'The answer is A.<|im_end|>' and learned[-1] == prompts.end_id
+
+
+@pytest.mark.parametrize('rule', [VisionTokenRule(8), VisionTokenRule(8, cls=True, pool=2, bidirectional=False)])
+def test_a_prompt_of_tiles_is_the_training_row_up_to_its_answer(folder, tmp_path, rule):
+    """Each picture becomes the squares of its own shape, where its mark stands; the same slots, patches and pixels."""
+    rng, files = np.random.default_rng(2), []
+    for number, (height, width) in enumerate(((20, 61), (33, 30), (9, 5))):
+        files.append(str(tmp_path / f'{number}.png'))
+        PIL.Image.fromarray(rng.integers(0, 256, (height, width, 4), np.uint8)).save(files[-1])
+    asked = [('is <image> like <image>?', files[:2]), ('<image>\nwhat color?', files[2:]), ('<image><image>?', files[1:])]
+    file = tmp_path / 'rows.jsonl'
+    file.write_text(''.join(json.dumps({'frames': images, 'conversations': [
+        {'from': 'human', 'value': question}, {'from': 'gpt', 'value': 'yes'}]}) + '\n' for question, images in asked))
+    policy = ImagePolicy(24, kind='tiles', side=16, tiles=((1, 2), (2, 1), (2, 2), (1, 3)), background=(9, 90, 200))
+    config, _ = tiny_pictures.config(folder)
+    data = dataclasses.replace(config.data, sources=(Source(str(file)),), max_slots=192, max_patches=60, max_images=12,
+                               image=policy)
+    samples, tokenizer = Samples(data, rule), load_tokenizer(data.tokenizer)
+    prompts, = PromptRows([Prompt(question, tuple(images)) for question, images in asked], data, rule, tokenizer).batches(3)
+    for number, squares in enumerate([(1 + 3) + (1 + 4), 1 + 2, (1 + 4) + (1 + 2)]):
+        trained = layout([samples.segment(number, 1)[0]], samples.budgets, rule=rule)
+        length = int((prompts.modality[number] != PAD).sum())
+        assert length == int(trained.loss_mask.argmax()) + 1
+        slots = squares * (1 if rule.cls else 4)  # a [cls] place is no slot, and windows of 2 x 2 are one
+        assert (trained.modality == VISION).sum() == slots
+        for name in ('tokens', 'modality', 'positions', 'key_start', 'key_stop', 'vision_slot', 'vision_source'):
+            size = slots if name.startswith('vision') else length
+            np.testing.assert_array_equal(getattr(prompts, name)[number, :size], getattr(trained, name)[:size], name)
+        is_real = trained.patches.row >= 0
+        count = int((trained.patches.image_id >= 0).sum())
+        assert is_real.sum() == 4 * squares and count == squares * (4 + rule.cls)
+        np.testing.assert_array_equal(trained.patches.grid[:squares], [[2, 2]] * squares)
+        for name, theirs in trained.patches._asdict().items():
+            size = squares if name == 'grid' else count
+            np.testing.assert_array_equal(getattr(prompts.patches, name)[number, :size], theirs[:size], name)

@@ -34,14 +34,14 @@ with a few batches that wait on the devices; what the pipeline alone takes for a
 With CONFIG also --gin.NAME=VALUE, --gin_file FILE and --gin_bindings TEXT, as in `vora train`.
 """
 EXAMPLE = """vora bench data --decoder pillow,simplejpeg
-  vora bench data configs/quickstart/vora.gin --steps 40 --gin.Train.workers=1"""
+  vora bench data configs/quickstart/vora.gin --steps 10 --gin.Train.workers=1"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `vora bench data`."""
     parser.add_argument('config', nargs='?', metavar='CONFIG', help='.gin file of a training stage; without it, pictures '
                                                                      'are generated')
-    parser.add_argument('--steps', type=int, default=40, metavar='N',
+    parser.add_argument('--steps', type=int, default=20, metavar='N',
                         help='with CONFIG: steps in each measurement; default %(default)s')
     parser.add_argument('--repeats', type=int, default=7, metavar='N', help='rounds; default %(default)s')
     parser.add_argument('--decoder', default='pillow', metavar='NAMES',

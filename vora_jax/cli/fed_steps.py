@@ -18,8 +18,9 @@ from vora_jax.training.prefetch import Prefetch
 from vora_jax.training.run_data import open_data
 from vora_jax.training.step import compile_step, make_step
 
-# Batches that wait on the devices; steps before each measurement, which use up what was read ahead in the meantime.
-CACHED, WARM_STEPS = 4, 12
+# Batches that wait on the devices, and how many are read ahead while the program rests: these are used up before each
+# measurement, or a pipeline that is too slow would not show.
+CACHED, READ_AHEAD = 4, 8
 
 
 class FedSteps(NamedTuple):
@@ -61,15 +62,15 @@ def measure_steps(config: Train, folder: pathlib.Path, steps: int, repeats: int,
             waiting = [next(batches).batch for _ in range(CACHED)]
             run = _stepper(config, waiting[0], mesh)
             fed, cached = (ready.batch for ready in batches), itertools.cycle(waiting)
-            run(fed, WARM_STEPS)  # compiles
+            run(fed, 2)  # compiles
 
-            def side(feed: Iterator[Batch]) -> Side:
-                return Side(lambda: run(feed, steps), lambda: run(feed, WARM_STEPS))
-            costs = take_turns({'fed': side(fed), 'cached': side(cached)}, repeats, on_call)
+            sides = {'fed': Side(lambda: run(fed, steps), lambda: run(fed, READ_AHEAD)),
+                     'cached': Side(lambda: run(cached, steps), lambda: run(cached, 1))}
+            costs = take_turns(sides, repeats, on_call)
 
         def take(count: int) -> int:
             return sum(1 for _ in itertools.islice(data, count))
-        alone = take_turns({'alone': Side(lambda: take(steps), lambda: take(WARM_STEPS))}, repeats, on_call)['alone']
+        alone = take_turns({'alone': Side(lambda: take(steps), lambda: take(READ_AHEAD))}, repeats, on_call)['alone']
         return FedSteps(costs['fed'], costs['cached'], alone, *data.padding, data.num_rows, data.epoch_samples)
 
 

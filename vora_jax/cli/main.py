@@ -28,7 +28,7 @@ VERBS = {
     'import': 'read a Hugging Face folder as a checkpoint',
     'export': 'write a checkpoint as a PyTorch / Hugging Face folder',
     'verify': 'compare a checkpoint with its exported folder',
-    'bench': 'measure attention on the present hardware',
+    'bench': 'measure attention or data feeding on the present hardware',
 }
 TAKES_GIN = ('train', 'eval', 'import', 'prepare', 'bench')  # the others read the configuration that the checkpoint holds
 

@@ -1,8 +1,9 @@
 """Which samples each row holds, epoch after epoch.
 
-The plan of an epoch is a pure function of the lengths, the budgets, the seed and the epoch's number. Plans are kept in files,
-so that worker processes share them and a resumed run need not repeat the past ones.
+The plan of an epoch is a pure function of the lengths, the budgets, the seed and the epoch's number. Plans are kept in
+files, so that worker processes share them and a resumed run need not repeat the past ones.
 """
+import bisect
 import json
 import pathlib
 import threading
@@ -15,6 +16,7 @@ from vora_jax.data.packing import Budgets, plan
 from vora_jax.data.whole_file import write_whole
 from vora_jax.types import Array
 
+_OFTEN = 64  # epochs whose ends are stored at once; of many tiny epochs some are planned again by a resumed run
 _KEPT = 2  # plans held open: rows are read ahead over the border of an epoch
 
 
@@ -66,10 +68,10 @@ class Epochs:
     def find(self, number: int) -> tuple[int, int]:
         """(epoch, row in it) of row `number` of the endless sequence."""
         with self._lock:
-            epoch = 0
-            while number >= (rows := self._count(epoch)):
-                number, epoch = number - rows, epoch + 1
-            return epoch, number
+            while not self._ends or number >= self._ends[-1]:
+                self._count(len(self._ends))
+            epoch = bisect.bisect_right(self._ends, number)
+            return epoch, number - self._start(epoch)
 
     def __getitem__(self, number: int) -> Array:
         """i64[k] the samples of row `number` of the endless sequence."""
@@ -85,20 +87,27 @@ class Epochs:
         used = self.lengths[samples, :2].sum(0, dtype=np.int64)
         rows = len(starts) - 1
         places = rows * self._budgets.patches if self._budgets.patch_dim else 0
-        return Padding(*(float(1 - some / room) if room else 0.0 for some, room in zip(used, (rows * self._budgets.slots, places))))
+        rooms = rows * self._budgets.slots, places
+        return Padding(*(float(1 - some / room) if room else 0.0 for some, room in zip(used, rooms)))
 
     def _count(self, epoch: int) -> int:
-        if epoch >= len(self._counts):
-            self._counts = max(self._counts, self._stored_counts(), key=len)
-        while epoch >= len(self._counts):
-            self._counts.append(len(self._plan(len(self._counts))[0]) - 1)
-            text = json.dumps(max(self._counts, self._stored_counts(), key=len))
-            write_whole(self._folder / 'rows.json', lambda file: file.write(text.encode()))
-        return self._counts[epoch]
+        if epoch >= len(self._ends):
+            self._ends = max(self._ends, self._stored_ends(), key=len)
+        while epoch >= len(self._ends):
+            new = len(self._ends)
+            self._ends.append(self._start(new) + len(self._plan(new)[0]) - 1)
+            if new >= self._unstored:
+                self._unstored = new + 1 + new // _OFTEN
+                text = json.dumps(max(self._ends, self._stored_ends(), key=len))
+                write_whole(self._folder / 'ends.json', lambda file: file.write(text.encode()))
+        return self._ends[epoch] - self._start(epoch)
 
-    def _stored_counts(self) -> list[int]:
-        """Rows of the first epochs, as far as any process has planned them."""
-        path = self._folder / 'rows.json'
+    def _start(self, epoch: int) -> int:
+        return self._ends[epoch - 1] if epoch else 0
+
+    def _stored_ends(self) -> list[int]:
+        """Where the first epochs end in the sequence of rows, as far as any process has planned them."""
+        path = self._folder / 'ends.json'
         return json.loads(path.read_bytes()) if path.exists() else []
 
     def _plan(self, epoch: int) -> tuple[Array, Array]:
@@ -125,14 +134,15 @@ class Epochs:
         stored = np.concatenate([[len(rows.starts) - 1], rows.starts, samples[rows.samples]])
         stored = stored.astype(np.int32 if small else np.int64)
         write_whole(self._path(epoch), lambda file: np.save(file, stored))
-        self._path(epoch - _KEPT - 1).unlink(missing_ok=True)  # its count stays in rows.json
+        self._path(epoch - _KEPT - 1).unlink(missing_ok=True)  # its end stays in ends.json
 
     def _path(self, epoch: int) -> pathlib.Path:
         return self._folder / f'plan-{epoch:05}.npy'
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {name: value for name, value in self.__dict__.items() if name not in ('_lock', '_plans', '_lengths')}
-        return {**state, '_counts': list(self._counts)}
+        own = '_lock', '_plans', '_lengths', '_unstored'  # of this process
+        state = {name: value for name, value in self.__dict__.items() if name not in own}
+        return {**state, '_ends': list(self._ends)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update({'_counts': []} | state, _lock=threading.Lock(), _plans={}, _lengths=None)
+        self.__dict__.update({'_ends': []} | state, _lock=threading.Lock(), _plans={}, _lengths=None, _unstored=0)

@@ -82,6 +82,8 @@ def build(samples: Samples, folder: pathlib.Path, progress: Callable[..., Iterab
         progress: wraps an iterable to show progress; takes `desc`.
         workers: measuring processes; 0 measures in this one.
         turn: (index, count) of this process among those that share the folder.
+    Raises:
+        UserError: somebody removed the folder.
     """
     ready = _read(folder)
     if ready is not None:
@@ -96,10 +98,10 @@ def build(samples: Samples, folder: pathlib.Path, progress: Callable[..., Iterab
             for _ in progress(measure(order), desc='measuring samples', total=count):
                 pass
         found = _join(parts, folder, count)
-    except FileNotFoundError:  # another run was faster, and has removed the parts
+    except FileNotFoundError:  # another run has removed the parts: it was faster, or has found the data unusable
         found = _read(folder)
-        if found is None:
-            raise
+    if found is None:
+        raise UserError(f'{folder} was removed while samples were measured; start again.')
     if turn[1] == 1:  # others may still be at work
         shutil.rmtree(parts, ignore_errors=True)
     return found
@@ -108,6 +110,7 @@ def build(samples: Samples, folder: pathlib.Path, progress: Callable[..., Iterab
 def forget(folder: pathlib.Path) -> None:
     """The next `build` measures all samples anew."""
     (folder / LAST).unlink(missing_ok=True)
+    shutil.rmtree(folder / 'parts', ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ The position in the data is one integer that means the same on every host and fo
 import dataclasses
 import hashlib
 import json
+import os
 import pathlib
 import sys
 import tempfile
@@ -26,26 +27,26 @@ from vora_jax.data.whole_file import write_whole
 from vora_jax.method import VisionTokenRule
 from vora_jax.types import UserError
 
+POSITION = 'global_next_index'  # grain's name for it
+MAX_THREADS = 8  # that read where no worker processes do: decoding lets others run, the rest does not
 ORDER_VERSION = 2  # of how samples, rows and batches follow from Data and a seed
 
 
-class ShardOrder:
-    """The same rows in the order grain deals them out in, so that shard i gets the i-th block of each batch.
+class Blocks:
+    """The global batches cut into one block of rows for each shard, in the order grain deals them out in.
 
-    grain gives shard i the rows i, i + count, ... of a batch. Devices hold contiguous blocks, so that with
-    blocks a global batch has the same rows in the same places for any number of processes.
+    Devices hold contiguous blocks, so that a global batch has the same rows in the same places for any number of
+    processes. For grain a block is one element: it need not copy rows into batches.
     """
 
     def __init__(self, rows: Rows, batch_rows: int, count: int):
-        self._rows, self._batch_rows, self._count = rows, batch_rows, count
+        self._rows, self._size, self._count = rows, batch_rows // count, count
 
     def __len__(self) -> int:
-        return sys.maxsize // self._batch_rows * self._batch_rows  # endless
+        return sys.maxsize // self._size // self._count * self._count  # endless
 
-    def __getitem__(self, position: int) -> Batch:
-        batch, place = divmod(position, self._batch_rows)
-        turn, shard = divmod(place, self._count)
-        return self._rows[batch * self._batch_rows + shard * (self._batch_rows // self._count) + turn]
+    def __getitem__(self, number: int) -> Batch:
+        return self._rows.batch(number * self._size, self._size)
 
 
 class Loader:
@@ -62,9 +63,9 @@ class Loader:
         max_patches_hint: a patch budget that fits the slots, see `Rows.fitting_patches`.
     """
 
-    def __init__(self, rows: Rows, iterator: ElasticIterator, manifest: str, samples: Samples, copies: bool,
-                 folder: tempfile.TemporaryDirectory | None):
-        self._rows, self._opened, self._copies = rows, [iterator], copies
+    def __init__(self, rows: Rows, iterator: ElasticIterator, manifest: str, samples: Samples, block_rows: int,
+                 copies: bool, folder: tempfile.TemporaryDirectory | None):
+        self._rows, self._opened, self._block_rows, self._copies = rows, [iterator], block_rows, copies
         # grain's iterators complain when they are still alive while Python takes its modules down.
         self._finalizer = weakref.finalize(self, _release, self._opened, folder)
         self.manifest, self.num_samples, self.num_rows = manifest, len(samples), rows.num_rows(0)
@@ -84,11 +85,11 @@ class Loader:
         if not self._opened:
             raise StopIteration
         batch = next(self._opened[0])
-        if not self._copies:
-            return batch
-        # Workers hand over views of shared memory, which must not outlive them.
-        patches = batch.patches and Patches(*map(np.array, batch.patches))
-        return Batch(*map(np.array, batch._replace(patches=0)))._replace(patches=patches)
+        # Each leaf has one more dimension: grain's batch of one block. Workers hand over views of shared memory, which must
+        # not outlive them.
+        take = (lambda leaf: np.array(leaf[0])) if self._copies else (lambda leaf: leaf[0])
+        patches = batch.patches and Patches(*map(take, batch.patches))
+        return Batch(*map(take, batch._replace(patches=[0])))._replace(patches=patches)
 
     def where(self, row: int) -> list[str]:
         """File and row of each sample of a row, counted through all epochs."""
@@ -96,17 +97,17 @@ class Loader:
 
     def epoch(self, state: dict[str, int]) -> float:
         """Epochs that end at a position from `get_state`: 1.5 is the middle of the second."""
-        (position,) = state.values()
-        epoch, row = self._rows.find(position)
+        epoch, row = self._rows.find(state[POSITION])
         return epoch + row / self._rows.num_rows(epoch)
 
     def get_state(self) -> dict[str, int]:
-        """The position after the last batch: plain integers, the same on every shard."""
-        return {name: int(value) for name, value in self._opened[0].get_state().items()}
+        """The position after the last batch: rows of the global sequence, the same on every shard."""
+        (blocks,) = self._opened[0].get_state().values()
+        return {POSITION: int(blocks) * self._block_rows}
 
     def set_state(self, state: dict[str, int]) -> None:
         """Continues at a position from `get_state`, also of another number of shards or workers."""
-        self._opened[0].set_state(dict(state))
+        self._opened[0].set_state({POSITION: state[POSITION] // self._block_rows})
 
     def close(self) -> None:
         """Stops the reading threads and workers; there are no more batches."""
@@ -150,16 +151,17 @@ def batches(data: Data, rule: VisionTokenRule | None, batch_rows: int, seed: int
     folder = pathlib.Path(kept or temporary.name)
     samples = Samples(data, rule, kept, cache_bytes // max(workers, 1))
     rows = _rows(samples, data, seed, folder, Quarantine(quarantine), progress, workers, shard)
-    dataset = grain.MapDataset.source(ShardOrder(rows, batch_rows, count))
+    dataset = grain.MapDataset.source(Blocks(rows, batch_rows, count))
     options = None
     if workers:
         _mark_flags_parsed()
         options = grain.MultiprocessingOptions(num_workers=workers)
+    threads = 2 if workers else min(MAX_THREADS, max(2, os.cpu_count() or 2))
     iterator = ElasticIterator(
-        dataset, batch_rows, grain.sharding.ShardOptions(index, count),
-        read_options=grain.ReadOptions(num_threads=2, prefetch_buffer_size=4),
+        dataset, count, grain.sharding.ShardOptions(index, count),
+        read_options=grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads),
         multiprocessing_options=options)
-    return Loader(rows, iterator, _manifest(samples, rows), samples, bool(workers), temporary)
+    return Loader(rows, iterator, _manifest(samples, rows), samples, batch_rows // count, bool(workers), temporary)
 
 
 def _rows(samples: Samples, data: Data, seed: int, folder: pathlib.Path, quarantine: Quarantine,

@@ -38,7 +38,7 @@ class Budgets(NamedTuple):
 
 
 def layout(segments: Sequence[Sequence[Text | Picture]], budgets: Budgets, tally: Array | None = None,
-           rule: VisionTokenRule | None = None) -> Batch:
+           rule: VisionTokenRule | None = None, pixels: Array | None = None) -> Batch:
     """One row (a `Batch` without its leading dimension) that holds the segments one after the other.
 
     Text sees its segment up to itself; a picture's slots see their segment up to the picture's end, unless the rule
@@ -54,6 +54,12 @@ def layout(segments: Sequence[Sequence[Text | Picture]], budgets: Budgets, tally
         key_start  0 0 0 0 4 0               4  . . . . x .
         key_stop   1 3 3 4 5 0               5  . . . . . .
 
+    Args:
+        segments: each is a sample.
+        budgets: sizes of the row.
+        tally: see `Batch`; None counts the segments as good samples of one source.
+        rule: how pictures become slots.
+        pixels: u8|f32[P, patch_dim] receives the pixels, for rows that are written into a batch; None allocates them.
     Raises:
         ValueError: the segments exceed a budget, or a picture's pixels do not fit its grid or the row's
             dtype.
@@ -70,7 +76,8 @@ def layout(segments: Sequence[Sequence[Text | Picture]], budgets: Budgets, tally
     route_slot = np.arange(num_slots, dtype=np.int32)
     vision_slot = np.full(num_tokens, -1, np.int32)
     vision_source = np.zeros(num_tokens, np.int32)
-    pixels = np.zeros((num_patches, patch_dim), pixel_dtype)
+    if pixels is None:
+        pixels = np.empty((num_patches, patch_dim), pixel_dtype)
     patch_row, patch_col = np.full((2, num_patches), -1, np.int16)
     image_id = np.full(num_patches, -1, np.int32)
     patch_start, patch_stop = np.zeros((2, num_patches), np.int32)
@@ -108,6 +115,7 @@ def layout(segments: Sequence[Sequence[Text | Picture]], budgets: Budgets, tally
                 there = slice(places.start + rule.cls, places.stop)
                 vision_slot[token:token + size] = np.arange(slot, end)
                 vision_source[token:token + size] = rule.sources(part.rows, part.cols, places.start, image)
+                pixels[places.start:there.start] = 0
                 pixels[there] = part.pixels
                 patch_row[there], patch_col[there] = np.divmod(np.arange(len(part.pixels)), part.cols)
                 image_id[places] = image
@@ -125,6 +133,7 @@ def layout(segments: Sequence[Sequence[Text | Picture]], budgets: Budgets, tally
             targets[first:slot - 1] = tokens[first + 1:slot] * learned
             loss_mask[first:slot - 1] = learned
 
+    pixels[patch:] = 0
     patches = Patches(pixels, patch_row, patch_col, image_id, grid, patch_start, patch_stop)
     return Batch(
         tokens=tokens, targets=targets, loss_mask=loss_mask, modality=modality,
@@ -146,10 +155,15 @@ def _check_picture(picture: Picture, patches: int, images: int, budgets: Budgets
                          f'{picture.pixels.dtype}{list(picture.pixels.shape)}.')
 
 
-def stack(rows: Sequence[Batch]) -> Batch:
-    """The rows as one batch: every leaf gets a leading dimension B."""
-    pictures = [row.patches for row in rows]
-    patches = None if pictures[0] is None else Patches(*(np.stack(leaves) for leaves in zip(*pictures)))
+def stack(rows: Sequence[Batch], pixels: Array | None = None) -> Batch:
+    """The rows as one batch: every leaf gets a leading dimension B.
+
+    pixels: u8|f32[B, P, patch_dim] those of all rows, where the rows' own are views of them.
+    """
+    patches = None
+    if rows[0].patches is not None:
+        own, *others = zip(*(row.patches for row in rows))
+        patches = Patches(np.stack(own) if pixels is None else pixels, *map(np.stack, others))
     leaves = [np.stack(leaves) for leaves in zip(*(row._replace(patches=0) for row in rows))]
     return Batch(*leaves)._replace(patches=patches)
 

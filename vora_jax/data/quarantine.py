@@ -12,7 +12,7 @@ MAX_TOLD = 100  # samples that a process logs; the file has all
 
 
 class Quarantine:
-    """JSON lines `{source, row, where, reason}`, one for each sample that could not be used; picklable, safe between threads.
+    """JSON lines `{source, row, where, reason}`, one for each sample that could not be used. Picklable, thread-safe.
 
     Several processes of a host may share the file: it is locked while one looks whether a sample is there and adds it.
 

@@ -7,10 +7,10 @@ import numpy as np
 from vora_jax.batch import Batch
 from vora_jax.data.epochs import Epochs, Padding
 from vora_jax.data.lengths import Lengths, too_long
-from vora_jax.data.packing import layout
+from vora_jax.data.packing import layout, stack
 from vora_jax.data.quarantine import Quarantine
 from vora_jax.data.samples import Samples
-from vora_jax.types import UserError
+from vora_jax.types import Array, UserError
 
 MAX_NOTED = 1000  # samples told where all is wrong, as with a wrong image root
 PATCH_MARGIN = 1.08  # patches vary from row to row: what packing needs beyond the mean to fill all slots
@@ -26,7 +26,7 @@ class Rows:
     def __init__(self, samples: Samples, epochs: Epochs, quarantine: Quarantine, max_bad_fraction: float):
         self._samples, self._epochs, self._quarantine = samples, epochs, quarantine
         self._max_bad = max_bad_fraction
-        self._num_lost, self._failed = 0, set()  # samples: without a place in any plan; that failed when this process read them
+        self._num_lost, self._failed = 0, set()  # samples that no plan has a place for; those this process failed to read
 
     @property
     def sizes_hash(self) -> str:
@@ -79,7 +79,18 @@ class Rows:
         """File and row of each sample of a row."""
         return [self._samples.find(sample).where for sample in self._epochs[number].tolist()]
 
+    def batch(self, first: int, count: int) -> Batch:
+        """`count` rows from row `first` on. Their pixels, most of a batch, are written once and never copied."""
+        budgets, pixels = self._samples.budgets, [None] * count
+        if budgets.patch_dim:
+            pixels = np.empty((count, budgets.patches, budgets.patch_dim), budgets.pixel_dtype)
+        rows = [self._lay_out(first + number, pixels[number]) for number in range(count)]
+        return stack(rows, pixels if budgets.patch_dim else None)
+
     def __getitem__(self, number: int) -> Batch:
+        return self._lay_out(number)
+
+    def _lay_out(self, number: int, pixels: Array | None = None) -> Batch:
         segments, tally = [], np.zeros((len(self._samples.sizes), 3), np.int32)
         for sample in self._epochs[number].tolist():
             at = self._samples.find(sample)
@@ -100,7 +111,7 @@ class Rows:
                 continue
             segments.append(segment)
             tally[at.source] += 1, 0, dropped
-        return layout(segments, self._samples.budgets, tally, self._samples.rule)
+        return layout(segments, self._samples.budgets, tally, self._samples.rule, pixels)
 
     def _note(self, sample: int, reason: str) -> None:
         at = self._samples.find(sample)

@@ -23,7 +23,8 @@ class VoraJaxConfig(PretrainedConfig):
         [cls] token alone), 'pool' (side of the windows of patches that become one), 'tokens_per_place' (slots for each of
         these), 'bidirectional' (a picture's slots see all of it, else they are as causal as text), 'join_adjacent' (pictures
         with no text between them see each other), 'route_token' (each row begins with a slot that only routes).
-    image_policy: how a picture is brought to whole patches: 'kind', 'min_patches', 'max_patches', 'side', 'color'.
+    image_policy: how a picture is brought to whole patches: 'kind', 'min_patches', 'max_patches', 'side', 'color' (of
+        padding), 'background' (under transparent pixels), 'tiles' (rows and columns of squares that it may be cut into).
     image_token_id: its place in `input_ids` is taken by one vector of a picture.
     route_token_id: None, or what every row of `input_ids` begins with: a slot of its own at position 0, whose vector says
         whether the row has pictures, and which no other slot sees. It may be `image_token_id`: its place tells.
