@@ -58,7 +58,7 @@ def test_both_sides_do_as_many_pictures_as_they_say(photographs, decoder):
         side.prepare()
         assert 6 <= side.call() <= 9
     parts = cpu_parts(photographs, data, VisionTokenRule(8), 3)
-    assert {'decode', 'row and tokens', 'lay out rows'} < set(parts) and parts['decode'] > 0
+    assert {'decode', 'row and tokens', 'lay out a batch'} < set(parts) and parts['decode'] > 0
 
 
 def test_buffers_are_emptied_until_batches_are_waited_for():

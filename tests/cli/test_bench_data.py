@@ -32,7 +32,7 @@ def test_pictures_a_second_as_a_table_and_as_json(tmp_path, capsys):
     assert loader['per_core_of_bare'] == pytest.approx(loader['per_core'] / first['per_core'])
     assert loader['per_cpu_second_of_bare'] == pytest.approx(loader['per_cpu_second'] / first['per_cpu_second'])
     assert f'{loader["per_cpu_second_of_bare"]:.1%}' in out and '64 x 48' in out and '16 patches' in out
-    assert 'decode ' in out and results['decoders']['pillow']['cpu_ms_of_parts']['lay out rows'] > 0
+    assert 'decode ' in out and results['decoders']['pillow']['cpu_ms_of_parts']['lay out a batch'] > 0
 
 
 def test_a_step_beside_its_pipeline(tmp_path, capsys):

@@ -13,7 +13,9 @@ from vora_jax.convert.export.exportable import exportable
 from vora_jax.convert.families.own_arguments import model_arguments
 from vora_jax.convert.families.own_layout import Prompting, own_config, own_model
 from vora_jax.convert.families.own_names import OWN
+from vora_jax.convert.families.recognise import recognise
 from vora_jax.convert.names.name_map import from_foreign, to_foreign
+from vora_jax.data.config import ImagePolicy
 from vora_jax.method import VisionTokenRule
 from vora_jax.model import VisionLanguageModel
 from vora_jax.nn.adapters import LowRank
@@ -124,9 +126,14 @@ def test_what_no_method_builds_is_told():
 def test_the_image_policy_is_told():
     _, model, rule = make_any('clip')
     assert written(model, rule)['image_policy'] == {
-        'kind': 'native', 'min_patches': 2, 'max_patches': 24, 'side': 0, 'color': [0, 0, 0]}
-    square = written(model, rule, image_kind='square_pad', side=12, color=(1, 2, 3))['image_policy']
-    assert square == {'kind': 'square_pad', 'min_patches': 2, 'max_patches': 24, 'side': 12, 'color': [1, 2, 3]}
+        'kind': 'native', 'min_patches': 2, 'max_patches': 24, 'side': 0, 'color': [0, 0, 0],
+        'background': [255, 255, 255], 'tiles': []}
+    square = written(model, rule, image_kind='tiles', side=4, color=(1, 2, 3), background=(4, 5, 6), tiles=((1, 2), (3, 1)))
+    assert square['image_policy'] == {
+        'kind': 'tiles', 'min_patches': 2, 'max_patches': 24, 'side': 4, 'color': [1, 2, 3], 'background': [4, 5, 6],
+        'tiles': [[1, 2], [3, 1]]}
+    hints = recognise(square, {}).hints
+    assert ImagePolicy(**hints['image']) == ImagePolicy(24, 2, 'tiles', 4, (1, 2, 3), (4, 5, 6), ((1, 2), (3, 1)))
     assert 'image_policy' not in written(make_model('text_only')[1], None)
 
 

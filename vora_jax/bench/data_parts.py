@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from vora_jax.batch import Batch
 from vora_jax.bench.data_pictures import Photographs
 from vora_jax.data.config import Data
 from vora_jax.data.images.decode import decode
@@ -36,17 +37,17 @@ def cpu_parts(photographs: Photographs, data: Data, rule: VisionTokenRule, batch
     def load() -> list[list[Any]]:
         return [load_pictures(file, rule.patch_size, data.image) for file in files]
 
-    def lay_out() -> list[Any]:
-        return [layout(segments[first:first + data.max_images], budgets, rule=rule)
-                for first in range(0, len(files), data.max_images)]
+    def lay_out() -> Batch:
+        pixels = np.empty((batch_rows, budgets.patches, budgets.patch_dim), np.uint8)
+        return stack([layout(segments[row * data.max_images:(row + 1) * data.max_images], budgets, None, rule, pixels[row])
+                      for row in range(batch_rows)], pixels)
     segments = [[*pictures, Text([1] * 40, True)] for pictures in load()]
-    batch = stack(lay_out())
+    batch = lay_out()
     found = _cpu_seconds({
         'decode': lambda: [decode(file, decoder=decoder) for file in files],
         'resize, cut into patches': load,  # with decoding, which is taken off below
         'row and tokens': lambda: [render_turns(source[int(n)], tokenizer, template, photographs.rows) for n in numbers],
-        'lay out rows': lay_out,
-        'stack a batch': lambda rows=lay_out(): stack(rows),
+        'lay out a batch': lay_out,
         'copy from a worker': lambda: [np.array(leaf) for leaf in batch.patches],
     })
     found['resize, cut into patches'] -= found['decode']

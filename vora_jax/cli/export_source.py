@@ -39,7 +39,8 @@ class Source(NamedTuple):
             return Prompting('', 0)
         template, policy = find_template(self.data.template), self.data.image_policy
         return Prompting(self.data.tokenizer, template.end_id(self.tokenizer), template.system, policy.min_patches,
-                         policy.max_patches, policy.kind, policy.side, tuple(policy.color))
+                         policy.max_patches, policy.kind, policy.side, tuple(policy.color), tuple(policy.background),
+                         tuple(map(tuple, policy.tiles)))
 
     @property
     def template(self) -> str:

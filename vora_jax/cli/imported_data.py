@@ -63,10 +63,12 @@ def imported_data(hints: Mapping[str, Any], rule: VisionTokenRule | None, tokeni
     image = ImagePolicy(**hints.get('image', {}))
     if rule is None:
         return Data((), tokenizer, template, max_slots=slots, image=image)
-    most = image.max_patches
+    most, squares = image.max_patches, 1
     if image.kind != 'native':
-        most = (image.side // rule.patch_size) ** 2
-    return Data((), tokenizer, template, max_slots=slots, max_patches=most + rule.cls, max_images=8, image=image)
+        squares += max((rows * cols for rows, cols in image.tiles), default=0)
+        most = squares * (image.side // rule.patch_size) ** 2
+    return Data((), tokenizer, template, max_slots=slots, max_patches=most + squares * rule.cls, max_images=max(8, squares),
+                image=image)
 
 
 def _chat_template(folder: pathlib.Path) -> str:

@@ -2,6 +2,7 @@
 from typing import Any
 
 from vora_jax.convert.export.plan import Part, Plan, Request
+from vora_jax.convert.families.own_layout import Prompting
 from vora_jax.convert.families.vit_config import vit_table, vit_to_config
 from vora_jax.convert.names.name_map import prefixed
 from vora_jax.types import UserError
@@ -9,6 +10,7 @@ from vora_jax.vision.image_encoder import ImageEncoder
 from vora_jax.vision.patch_embed import PatchEmbed
 
 BICUBIC = 3
+WHITE = (255, 255, 255)
 PROCESSORS = {'clip_vision_model': 'CLIPImageProcessor', 'siglip_vision_model': 'SiglipImageProcessor',
               'aimv2_vision_model': 'CLIPImageProcessor', 'dinov2': 'BitImageProcessor'}
 
@@ -36,6 +38,16 @@ def plan(request: Request) -> Plan:
     files = {'config.json': config, 'preprocessor_config.json': picture}
     part = Part(prefixed(vit_table(what.model.vit), 'encoder/', ''), what.params, what.shapes, files)
     return Plan({'': part}, what.model, USAGE)
+
+
+def refuse_pictures(prompting: Prompting, processor: str) -> None:
+    """UserError for pictures that a stock processor cannot make; what it makes a little differently is told in notes."""
+    if prompting.image_kind == 'tiles':
+        raise UserError(f'export: this model sees a picture as several tiles, and {processor} makes one square of it; take '
+                        'the layout `own`.')
+    if tuple(prompting.background) != WHITE:
+        raise UserError(f'export: this model sees transparent pixels over the colour {tuple(prompting.background)}, and '
+                        f'{processor} puts them over white or drops their transparency; take the layout `own`.')
 
 
 def preprocessor(embed: PatchEmbed, model_type: str = 'clip_vision_model') -> dict[str, Any]:

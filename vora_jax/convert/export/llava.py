@@ -2,7 +2,7 @@
 import dataclasses
 from typing import Any
 
-from vora_jax.convert.export.encoder import preprocessor
+from vora_jax.convert.export.encoder import preprocessor, refuse_pictures
 from vora_jax.convert.export.exportable import Exportable
 from vora_jax.convert.export.lazy_arrays import extended
 from vora_jax.convert.export.llm import generation, with_equal_layers
@@ -57,6 +57,7 @@ def plan(request: Request) -> Plan:
     if tower['model_type'] not in ('clip_vision_model', 'siglip_vision_model'):
         raise UserError(f'export: stock LLaVA is written around CLIP or SigLIP, not {tower["model_type"]}; take the layout '
                         '`own`.')
+    refuse_pictures(request.prompting, 'LLaVA\'s stock processor')
     what = with_equal_layers(request.what)
     vocab_size = what.model.llm.vocab_size
     rows = 0

@@ -5,7 +5,7 @@ github.com/Hon-Wong/VoRA at f138756. Its seven .py files are not ours to ship: t
 import dataclasses
 import math
 
-from vora_jax.convert.export.encoder import preprocessor
+from vora_jax.convert.export.encoder import preprocessor, refuse_pictures
 from vora_jax.convert.export.exportable import Exportable, parameter_shapes
 from vora_jax.convert.export.lazy_arrays import scaled, zeros
 from vora_jax.convert.export.llm import generation
@@ -53,6 +53,7 @@ def plan(request: Request) -> Plan:
     if not plain or embed.table_rows != embed.table_cols or embed.positions == 'sincos':
         raise UserError('export: VoRA\'s code has only a patch embedding with bias, norm, a square table of positions and '
                         'no [cls]; take the layout `own`.')
+    refuse_pictures(request.prompting, 'VoRA\'s processor')
     what, lora, notes = _with_lora(what)
     notes += _differences(request)
     if not request.base:

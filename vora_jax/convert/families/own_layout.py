@@ -28,7 +28,8 @@ class Prompting:
 
     tokenizer: folder of the tokenizer.    eos_id: id that ends an answer.
     system: system message of conversations that bring none; '' for none.
-    min_patches, max_patches, image_kind, side, color: how a picture is resized, see `data.config.ImagePolicy`.
+    min_patches, max_patches, image_kind, side, color, background, tiles: how a picture is resized, see
+        `data.config.ImagePolicy`.
     """
 
     tokenizer: str
@@ -39,6 +40,8 @@ class Prompting:
     image_kind: str = 'native'
     side: int = 0
     color: tuple[int, int, int] = (0, 0, 0)
+    background: tuple[int, int, int] = (255, 255, 255)
+    tiles: tuple[tuple[int, int], ...] = ()
 
 
 def own_config(model: VisionLanguageModel, rule: VisionTokenRule | None, prompting: Prompting) -> dict[str, Any]:
@@ -80,7 +83,8 @@ def own_config(model: VisionLanguageModel, rule: VisionTokenRule | None, prompti
         config['vision_tokens'] = dataclasses.asdict(dataclasses.replace(rule, cls=has_cls))
         del config['vision_tokens']['patch_size']
         config['image_policy'] = {'kind': prompting.image_kind, 'min_patches': prompting.min_patches,
-                                  'max_patches': prompting.max_patches, 'side': prompting.side, 'color': prompting.color}
+                                  'max_patches': prompting.max_patches, 'side': prompting.side, 'color': prompting.color,
+                                  'background': prompting.background, 'tiles': prompting.tiles}
     return config
 
 

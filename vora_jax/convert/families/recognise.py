@@ -69,7 +69,7 @@ def _dispatch(config: Config, tensors: Shapes, preprocessor: Config | None, teac
         method, stage, arguments = own_arguments.model_arguments(dict(config))
         hints, policy = _hints(config, None), config.get('image_policy')
         if policy:
-            hints['image'] = {name: tuple(value) if isinstance(value, list) else value for name, value in policy.items()}
+            hints['image'] = {name: _tuples(value) for name, value in policy.items()}
         return Recognised(kind, method, stage, arguments, own_names.OWN, hints)
     if kind == 'llava':
         return _llava(config, preprocessor, where)
@@ -188,6 +188,11 @@ def _hints(config: Config, family: str | None) -> dict[str, Any]:
         if value is not None:
             hints[name] = value
     return hints
+
+
+def _tuples(value: Any) -> Any:
+    """JSON has lists where our dataclasses have tuples, also inside tuples."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def _image_hint(vit: Vit, preprocessor: Config | None) -> dict[str, Any]:
