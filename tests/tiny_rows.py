@@ -8,7 +8,7 @@ import tarfile
 
 import PIL.Image
 
-from vora_jax.data.sources.rows import Frame
+from vora_jax.data.frame import Frame
 
 
 def picture(number, size=None, form='JPEG'):

@@ -12,8 +12,8 @@ import PIL.Image
 import PIL.ImageOps
 import pytest
 
+from vora_jax.data.frame import Frame
 from vora_jax.data.images.decode import decode, read_size
-from vora_jax.data.sources.rows import Frame
 from vora_jax.types import UserError
 
 RNG = np.random.default_rng(0)

@@ -7,11 +7,11 @@ import PIL.Image
 import pytest
 
 from vora_jax.data.config import ImagePolicy
+from vora_jax.data.frame import Frame
 from vora_jax.data.images.decode import read_size
 from vora_jax.data.images.patches import fit_grid, fit_grids, load_pictures, patchify
 from vora_jax.data.images.picture_cache import PictureCache
 from vora_jax.data.packing import Picture
-from vora_jax.data.sources.rows import Frame
 from vora_jax.types import UserError
 
 BICUBIC = PIL.Image.Resampling.BICUBIC

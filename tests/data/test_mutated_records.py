@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as some
 
+from vora_jax.data.frame import Frame
 from vora_jax.data.sources.json_lines import JsonLines
-from vora_jax.data.sources.rows import Frame
 from vora_jax.data.text.conversation import Image, render
 from vora_jax.data.text.records import check_record
 from vora_jax.data.text.templates import TEMPLATES

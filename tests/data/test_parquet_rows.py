@@ -9,8 +9,8 @@ import uuid
 
 import pytest
 
+from vora_jax.data.frame import Frame
 from vora_jax.data.sources.parquet_rows import ParquetRows
-from vora_jax.data.sources.rows import Frame
 from vora_jax.types import UserError
 
 fsspec = pytest.importorskip('fsspec')

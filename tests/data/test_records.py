@@ -3,7 +3,7 @@ import base64
 
 import pytest
 
-from vora_jax.data.sources.rows import Frame
+from vora_jax.data.frame import Frame
 from vora_jax.data.text.record_frames import pick
 from vora_jax.data.text.records import check_record
 from vora_jax.types import UserError

@@ -10,8 +10,8 @@ import tracemalloc
 import pytest
 import tiny_tars
 
+from vora_jax.data.frame import Frame
 from vora_jax.data.sources import tar_rows
-from vora_jax.data.sources.rows import Frame
 from vora_jax.data.sources.tar_rows import TarRows
 from vora_jax.types import UserError
 

@@ -9,14 +9,14 @@ import itertools
 from typing import Any, Callable, NamedTuple, Sequence
 
 from vora_jax.data.config import Data
+from vora_jax.data.frame import Frame, frame_name
 from vora_jax.data.images.decode import read_size
 from vora_jax.data.images.fast_jpeg import check_decoder
 from vora_jax.data.images.patches import check_squares, fit_grids, load_pictures
 from vora_jax.data.images.picture_cache import PictureCache
 from vora_jax.data.packing import Budgets, Picture, Text
-from vora_jax.data.sources.frames import frame_name, locate
+from vora_jax.data.sources.files import locate
 from vora_jax.data.sources.open_rows import open_rows
-from vora_jax.data.sources.rows import Frame
 from vora_jax.data.text.conversation import Image, Turn, place, render_turns
 from vora_jax.data.text.templates import find_template
 from vora_jax.data.text.tokenizer import fingerprint, load_tokenizer

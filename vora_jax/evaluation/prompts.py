@@ -4,13 +4,12 @@ from typing import NamedTuple
 
 from vora_jax.batch import Batch
 from vora_jax.data.config import Data
+from vora_jax.data.frame import Frame, frame_name
 from vora_jax.data.images.decode import read_size
 from vora_jax.data.images.patches import fit_grids, load_pictures
 from vora_jax.data.images.picture_cache import PictureCache
 from vora_jax.data.packing import Budgets, Picture, Text, layout, stack
 from vora_jax.data.samples import CACHE_BYTES
-from vora_jax.data.sources.frames import frame_name
-from vora_jax.data.sources.rows import Frame
 from vora_jax.data.text.conversation import Image, place, render_prompt
 from vora_jax.data.text.templates import find_template
 from vora_jax.data.text.tokenizer import Tokenizer

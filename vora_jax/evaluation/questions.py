@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vora_jax.data.sources.frames import frame_name, locate
+from vora_jax.data.frame import Frame, frame_name
+from vora_jax.data.sources.files import locate
 from vora_jax.data.sources.open_rows import open_rows
-from vora_jax.data.sources.rows import Frame
 from vora_jax.data.text.records import check_record
 from vora_jax.evaluation.config import Eval
 from vora_jax.types import UserError

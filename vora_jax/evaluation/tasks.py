@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vora_jax.data.config import Data
-from vora_jax.data.sources.frames import frame_name
-from vora_jax.data.sources.rows import Frame
+from vora_jax.data.frame import Frame, frame_name
 from vora_jax.data.text.tokenizer import Tokenizer, load_tokenizer
 from vora_jax.evaluation.config import Eval
 from vora_jax.evaluation.prompts import Prompt, PromptRows

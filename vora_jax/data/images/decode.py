@@ -4,10 +4,10 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
+from vora_jax.data.frame import Frame
 from vora_jax.data.images import png_chunks
 from vora_jax.data.images.fast_jpeg import check_decoder, decode_jpeg
 from vora_jax.data.images.open_picture import open_picture
-from vora_jax.data.sources.rows import Frame
 
 WHITE = (255, 255, 255)
 

@@ -11,8 +11,8 @@ from typing import Any, BinaryIO, Iterator
 import PIL.Image
 import PIL.ImageFile
 
+from vora_jax.data.frame import Frame
 from vora_jax.data.sources.files import open_binary
-from vora_jax.data.sources.rows import Frame
 from vora_jax.types import UserError
 
 # What Pillow may read. Others start programs (EPS, WMF), have no mark to know them by (TGA), or are not for pictures.

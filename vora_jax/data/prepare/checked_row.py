@@ -5,12 +5,11 @@ import io
 import json
 from typing import Any, NamedTuple
 
+from vora_jax.data.frame import Frame, frame_name
 from vora_jax.data.images.decode import decode, read_size
 from vora_jax.data.images.open_picture import MAX_BYTES
-from vora_jax.data.sources.files import open_binary
-from vora_jax.data.sources.frames import frame_name, locate
+from vora_jax.data.sources.files import locate, open_binary
 from vora_jax.data.sources.remote import is_remote
-from vora_jax.data.sources.rows import Frame
 from vora_jax.data.text.record_frames import KEYS
 from vora_jax.data.text.records import check_record
 from vora_jax.types import UserError

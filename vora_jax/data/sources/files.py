@@ -12,6 +12,7 @@ import stat
 import threading
 from typing import Any, BinaryIO, NamedTuple
 
+from vora_jax.data.frame import Frame
 from vora_jax.data.sources.remote import as_os_error, file_system, is_remote, reason
 from vora_jax.types import UserError
 
@@ -132,6 +133,11 @@ def join(root: str, name: str) -> str:
     if '://' in name or os.path.isabs(name) or not root:
         return name
     return f'{root.rstrip("/")}/{name}' if '://' in root else os.path.join(root, name)
+
+
+def locate(frame: str | Frame, root: str) -> str | Frame:
+    """The frame of a row; a file name is completed with the folder of the pictures."""
+    return frame if isinstance(frame, Frame) else join(root, frame)
 
 
 def local(path: str) -> str:

@@ -13,11 +13,11 @@ from typing import Any, Iterator, NamedTuple
 
 import numpy as np
 
+from vora_jax.data.frame import Frame
 from vora_jax.data.sources import captions
 from vora_jax.data.sources.files import RangedFile, expand, open_binary
 from vora_jax.data.sources.parse_json import parse_json
 from vora_jax.data.sources.remote import is_remote, reason
-from vora_jax.data.sources.rows import Frame
 from vora_jax.types import UserError
 
 CACHE_BYTES = 512 << 20

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from vora_jax.data.frame import Frame
 from vora_jax.data.sources.record_files import RecordFiles
-from vora_jax.data.sources.rows import Frame
 from vora_jax.types import UserError
 
 VERSION = 2

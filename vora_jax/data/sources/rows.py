@@ -1,18 +1,5 @@
 """What a source of samples offers."""
-from typing import Any, BinaryIO, Callable, NamedTuple, Protocol
-
-
-class Frame(NamedTuple):
-    """A picture of a row that was not read yet.
-
-    name: for messages, and the key under which its patches are cached: two frames of one name are one picture.
-    open: gives a new binary file of its encoded bytes; raises OSError or `types.UserError` where it cannot.
-    size: (height, width) in pixels as it is to be seen, where that is known without opening it.
-    """
-
-    name: str
-    open: Callable[[], BinaryIO]
-    size: tuple[int, int] | None = None
+from typing import Any, Protocol
 
 
 class Rows(Protocol):

@@ -11,11 +11,11 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from vora_jax.data.frame import Frame
 from vora_jax.data.sources import captions
 from vora_jax.data.sources.files import RangedFile, expand
 from vora_jax.data.sources.parse_json import parse_json
 from vora_jax.data.sources.remote import reason
-from vora_jax.data.sources.rows import Frame
 from vora_jax.data.sources.tar_index import index_tar
 from vora_jax.data.sources.tar_members import Member
 from vora_jax.types import UserError

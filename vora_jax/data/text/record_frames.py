@@ -5,7 +5,7 @@ import functools
 import io
 from typing import Any
 
-from vora_jax.data.sources.rows import Frame
+from vora_jax.data.frame import Frame
 from vora_jax.types import UserError
 
 KEYS = ('frames', 'images', 'image', 'video')
