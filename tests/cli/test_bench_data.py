@@ -62,7 +62,7 @@ def test_worker_processes_and_pictures(tmp_path, capsys):
 
 
 @pytest.mark.parametrize('arguments, message', [
-    (['--size', '640'], "--size: '640' is not WIDTHxHEIGHT"),
+    (['--size', '640'], "--size: '640' is not WIDTHxHEIGHT"), (['--size', '9999x9999'], '--size: 9999x9999 is too large'),
     (['--side', '33'], '--side 33 is not a multiple of --patch-size 8'),
     (['--decoder', 'opencv'], "--decoder: there is no 'opencv'; there are pillow, simplejpeg."),
     (['--images', '0'], '--images is 0; it must be at least 1.'),

@@ -49,6 +49,11 @@ def test_merge_export_verify(folder, adapted, capsys):
         assert found['num_prompts'] == 5 == found['same_answers'] + found['near_ties']
         assert found['max_abs_logit_diff'] <= 1e-4 and found['tensors'] > 20
 
+    prepared = str(folder / 'prepared')
+    assert main(['prepare', 'rows', str(folder / 'test.jsonl'), '--to', prepared, '--workers', '0']) == 0
+    for data in (prepared, f'file://{folder}/test.jsonl'):  # pictures that have no name which torch could open
+        assert main(['verify', merged, out, '--data', data, '--num', '2', '--max-new-tokens', '2']) == 0
+    capsys.readouterr()
     assert main(['verify', merged, out, '--data', str(folder / 'gone.jsonl')]) == 2
     assert 'gone.jsonl' in capsys.readouterr().err
     # The folders are each other's twins in what they compute, not in what they hold.

@@ -15,6 +15,7 @@ import pytest
 
 from vora_jax.data.images.decode import decode, read_size
 from vora_jax.data.sources import files
+from vora_jax.data.sources.remote import folder_of
 from vora_jax.types import UserError
 
 fsspec = pytest.importorskip('fsspec')
@@ -153,6 +154,17 @@ def test_a_picture_that_cannot_be_fetched_is_named(monkeypatch, failure):
             read(file)
 
 
+@pytest.mark.parametrize('cause, kind', [(None, FileNotFoundError), (FileNotFoundError('a'), FileNotFoundError),
+                                         (ConnectionError('it hung up'), OSError)])
+def test_a_server_without_an_answer_is_no_missing_file(monkeypatch, cause, kind):
+    failure = FileNotFoundError('broken://a')  # what fsspec makes of anything that a web server does
+    failure.__cause__ = cause
+    monkeypatch.setattr(BrokenSystem, 'failure', failure)
+    with pytest.raises(OSError) as told:
+        files.RangedFile('broken://bucket/a').read(0, 1)
+    assert type(told.value) is kind and ('it hung up' in str(told.value)) == (kind is OSError)
+
+
 def test_missing_packages_and_unknown_protocols(monkeypatch):
     with pytest.raises(UserError, match='nope://a/b: Protocol not known: nope; fsspec reads'):
         files.RangedFile('nope://a/b')
@@ -170,3 +182,12 @@ def test_local_files_do_not_load_fsspec(tmp_path):
             f'files.RangedFile({str(tmp_path / "a")!r}).read(0, 1)\n'
             "print(json.dumps([name for name in ('fsspec', 'pyarrow') if name in sys.modules]))")
     assert json.loads(subprocess.run([sys.executable, '-c', code], capture_output=True, check=True, text=True).stdout) == []
+
+
+@pytest.mark.parametrize('path, folder', [
+    ('rows.jsonl', ''), ('data/rows.jsonl', 'data'), ('/rows.jsonl', '/'), ('/a/b.json', '/a'),
+    ('memory://rows.jsonl', 'memory://'),
+    ('gs://bucket/a/rows.jsonl', 'gs://bucket/a'), ('file:///a/rows.jsonl', 'file:///a')])
+def test_the_folder_of_a_file(path, folder):
+    assert folder_of(path) == folder
+    assert files.join(folder, 'a.png') == path.replace(path.rpartition('/')[2], 'a.png')

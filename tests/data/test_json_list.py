@@ -103,17 +103,23 @@ def test_rows_become_our_records(tmp_path):
         {'id': 4, 'image': ['a.png', 'b.png'], 'conversations': said('<image> or <image>?', 'b')},
         {'id': 5, 'messages': [{'role': 'user', 'content': 'q'}, {'role': 'assistant', 'content': 'a'}]},
         {'id': 6, 'conversations': [{'role': 'user', 'content': 'q'}, {'role': 'assistant', 'content': 'a'}]},
-        {'id': 7, 'conversations': [{'form': ['question'], 'value': 'q'}]}]))
+        {'id': 7, 'conversations': [{'form': ['question'], 'value': 'q'}]},
+        {'id': 8, 'frames': ['a.png'], 'conversations': said('Is <image> red? ', 'Yes.')},
+        {'id': 9, 'image': 'a.png', 'frames': ['b.png'], 'conversations': said('q', 'a')}]))
     assert [rows[number] for number in range(len(rows))] == [
-        {'id': 'a', 'model': 'm', 'frames': ['a.png'],
+        {'id': 'a', 'image': 'a.png', 'model': 'm',
          'conversations': said('<image>\nWhat is it?', 'Red.', 'Sure?', 'Yes.')},
         {'id': 1, 'conversations': said('Hello', 'Hi')},
-        {'id': 2, 'frames': ['a.png'], 'conversations': said('<image>', 'Red.')},
+        {'id': 2, 'image': 'a.png', 'conversations': said('<image>', 'Red.')},
         {'id': 3, 'conversations': said('q', 'a')},
-        {'id': 4, 'frames': ['a.png', 'b.png'], 'conversations': said('<image> or <image>?', 'b')},
+        {'id': 4, 'image': ['a.png', 'b.png'], 'conversations': said('<image> or <image>?', 'b')},
         {'id': 5, 'messages': [{'role': 'user', 'content': 'q'}, {'role': 'assistant', 'content': 'a'}]},
         {'id': 6, 'conversations': [{'role': 'user', 'content': 'q'}, {'role': 'assistant', 'content': 'a'}]},
-        {'id': 7, 'conversations': [{'from': ['question'], 'value': 'q'}]}]
+        {'id': 7, 'conversations': [{'from': ['question'], 'value': 'q'}]},
+        {'id': 8, 'frames': ['a.png'], 'conversations': said('Is <image> red? ', 'Yes.')},
+        {'id': 9, 'image': 'a.png', 'frames': ['b.png'], 'conversations': said('q', 'a')}]
+    with pytest.raises(UserError, match='has frames and image; keep one'):
+        check_record(rows[9], rows.where(9))
     assert rows.where(1) == f'{rows.path} row 2'
 
 

@@ -102,10 +102,12 @@ def test_a_damaged_manifest_and_a_remote_prepared_folder(tmp_path):
 
 
 @pytest.mark.parametrize('name, content, told', [
-    ('a.json', gzip.compress(LINES), 'a.json is compressed with gzip, .*; unpack it'),
-    ('a.tar.gz', gzip.compress(a_tar()), 'compressed with gzip'), ('a.tgz', gzip.compress(a_tar()), 'compressed with gzip'),
+    ('a.json', gzip.compress(LINES, mtime=0), 'a.json is compressed with gzip, .*; unpack it'),
+    ('a.tar.gz', gzip.compress(a_tar(), mtime=0), 'compressed with gzip'),
+    ('a.tgz', gzip.compress(a_tar(), mtime=0), 'compressed with gzip'),
     ('data', a_parquet(), 'holds a .parquet file; give it that ending'), ('data', a_tar(), 'holds a .tar file'),
     ('a.bin', bytes(range(256)) * 9, 'is neither text nor Parquet nor tar'), ('a.jsonl', b'', 'a.jsonl is empty'),
+    ('a.jsonl', LINES.decode().encode('utf-16'), 'a.jsonl is text in UTF-16; save it as UTF-8'),
     ('a.jsonl', b'\n', 'a.jsonl is empty'), ('a.tar', LINES, 'a.tar is no tar file'),
     ('a.parquet', LINES, 'a.parquet is no readable Parquet')])
 def test_unknown_content_is_told(folder, name, content, told):

@@ -150,7 +150,7 @@ def test_bytes_flipped_anywhere_are_told_or_harmless(tmp_path):
 
 def test_rows_that_cannot_be_read_are_told(tmp_path):
     text = pyarrow.array([b'\xff', b'good']).cast(pyarrow.binary()).view(pyarrow.string())
-    parquet.write_table(pyarrow.table({'caption': text}), tmp_path / 'a.parquet')
+    parquet.write_table(pyarrow.table({'caption': text, 'image': [b'1', b'2']}), tmp_path / 'a.parquet')
     source = ParquetRows(str(tmp_path / 'a.parquet'))
     with pytest.raises(UserError, match='a.parquet row 1: .*; repair or remove the row'):
         source[0]
@@ -158,6 +158,9 @@ def test_rows_that_cannot_be_read_are_told(tmp_path):
     source = ParquetRows(write(tmp_path / 'b.parquet', [{'conversations': '[{'}]))
     with pytest.raises(UserError, match='b.parquet row 1 conversations: not valid JSON'):
         source[0]
+    source = ParquetRows(write(tmp_path / 'c.parquet', [{'image': b'1', 'caption': 'x'}, {'image': None, 'caption': 'x'}]))
+    with pytest.raises(UserError, match='c.parquet row 2 has a caption but no picture'):
+        source[1]
 
 
 def test_mistakes(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """`vora prepare rows`: every kind of source, bad rows, interruptions."""
 import argparse
 import datetime
+import errno
 import io
 import json
 import os
@@ -18,9 +19,8 @@ from tiny_rows import hashes, in_every_kind, made_up_rows, picture, plain, turns
 from vora_jax.cli import main, prepare
 from vora_jax.data.config import ImagePolicy
 from vora_jax.data.images.patches import fit_grid
-from vora_jax.data.prepare import tallies
+from vora_jax.data.prepare import rows_folder, tallies
 from vora_jax.data.prepare.row_parts import Plan
-from vora_jax.data.prepare.rows_folder import prepare as prepare_rows
 from vora_jax.data.sources.json_lines import JsonLines
 from vora_jax.data.sources.open_rows import open_rows
 from vora_jax.data.sources.prepared_rows import PreparedRows
@@ -159,7 +159,7 @@ class Bar:
 def test_values_that_json_lacks(tmp_path):
     rows = [{'conversations': turns('q', 'a'), 'day': datetime.date(2026, 1, 2)},
             {'conversations': turns('q', 'a'), 'x': b'bytes'}, {'conversations': turns('q', 'a'), 'x': '\ud800'}]
-    manifest = prepare_rows(Listed(rows), str(tmp_path / 'out'), Plan(2, ''), Bar, max_bad=0.9)
+    manifest = rows_folder.prepare(Listed(rows), str(tmp_path / 'out'), Plan(2, ''), Bar, max_bad=0.9)
     assert PreparedRows(str(tmp_path / 'out'))[0]['day'] == '2026-01-02' and Bar.last.n == Bar.last.total == 3
     assert manifest['num_dropped'] == 2 and 'what JSON cannot (a value of type bytes)' in manifest['dropped'][0]
 
@@ -176,7 +176,7 @@ def test_bad_rows_are_dropped_counted_and_limited(tmp_path, capsys):
     with pytest.raises(UserError, match=r'6 of 14 rows are bad, .*rows.jsonl row 9: image .*none.jpg does not exist'):
         run(source, '--to', to, '--workers', 0, '--max-bad', 0.42)
     assert not to.exists() and (tmp_path / 'out.partial').exists()
-    assert run(source, '--to', to, '--workers', 0, '--max-bad', 0.5) == 0
+    assert run(source, '--to', to, '--workers', 2, '--max-bad', 0.5) == 0  # nothing is left for the processes
     assert '6 of 14 rows dropped' in capsys.readouterr().out and not (tmp_path / 'out.partial').exists()
     manifest = json.loads((to / 'manifest.json').read_text())
     listed = [json.loads(line) for line in (to / 'dropped.jsonl').read_text().splitlines()]
@@ -229,12 +229,12 @@ class Fragile(Listed):
 def test_interrupted_anywhere_it_goes_on(tmp_path):
     rows, rng = [{'id': number, 'conversations': turns(f'q{number}', 'a')} for number in range(17)], random.Random(2)
     plan = Plan(3, '')
-    prepare_rows(Listed(rows), str(tmp_path / 'whole'), plan, Bar)
+    rows_folder.prepare(Listed(rows), str(tmp_path / 'whole'), plan, Bar)
     done, attempts = False, 0
     while not done:
         attempts += 1
         try:
-            prepare_rows(Fragile(rows, rng.randint(1, 7)), str(tmp_path / 'out'), plan, Bar)
+            rows_folder.prepare(Fragile(rows, rng.randint(1, 7)), str(tmp_path / 'out'), plan, Bar)
             done = True
         except KeyboardInterrupt:
             assert not (tmp_path / 'out').exists()
@@ -247,19 +247,19 @@ def test_unfinished_work_of_another_source_is_refused(tmp_path):
     rows = [{'conversations': turns('q', 'a')}] * 4
     to, plan = str(tmp_path / 'out'), Plan(1, '')
     with pytest.raises(KeyboardInterrupt):
-        prepare_rows(Fragile(rows, 2), to, plan, Bar)
+        rows_folder.prepare(Fragile(rows, 2), to, plan, Bar)
     before = hashes(tmp_path)
     with pytest.raises(UserError, match='out.partial holds the unfinished work of another source'):
-        prepare_rows(Listed(rows), to, plan._replace(rows_per_part=2), Bar)
+        rows_folder.prepare(Listed(rows), to, plan._replace(rows_per_part=2), Bar)
     assert hashes(tmp_path) == before
     (tmp_path / 'mine.partial').mkdir()
     (tmp_path / 'mine.partial/notes.txt').write_text('keep')
     with pytest.raises(UserError, match='mine.partial holds the unfinished work of another source'):
-        prepare_rows(Listed(rows), str(tmp_path / 'mine'), plan, Bar)
+        rows_folder.prepare(Listed(rows), str(tmp_path / 'mine'), plan, Bar)
     assert os.listdir(tmp_path / 'mine.partial') == ['notes.txt']
     part = next((tmp_path / 'out.partial/files').glob('rows-00000*'))
     part.write_bytes(b'cut')  # a part that is not what its report says is made again
-    prepare_rows(Listed(rows), to, plan, Bar)
+    rows_folder.prepare(Listed(rows), to, plan, Bar)
     assert len(PreparedRows(to)) == 4
 
 
@@ -267,10 +267,10 @@ def test_two_at_a_time_are_refused(tmp_path):
     class Nested(Listed):
         def __getitem__(self, row):
             with pytest.raises(UserError, match='is being written by another `vora prepare`'):
-                prepare_rows(Listed(self.rows), str(tmp_path / 'out'), Plan(1, ''), Bar)
+                rows_folder.prepare(Listed(self.rows), str(tmp_path / 'out'), Plan(1, ''), Bar)
             return super().__getitem__(row)
 
-    prepare_rows(Nested([{'conversations': turns('q', 'a')}]), str(tmp_path / 'out'), Plan(1, ''), Bar)
+    rows_folder.prepare(Nested([{'conversations': turns('q', 'a')}]), str(tmp_path / 'out'), Plan(1, ''), Bar)
     assert os.listdir(tmp_path) == ['out']
 
 
@@ -337,7 +337,11 @@ def _session(leader):
     return found
 
 
-def test_a_tokenizer_is_trained_on_request(made, tmp_path, capsys):
+def full_disk(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_tokenizer_is_trained_on_request(made, tmp_path, capsys, monkeypatch):
     _, file, _, _ = made
     for to in ('out', 'again'):
         assert run(file, '--to', tmp_path / to, '--workers', 0, '--vocab-size', 300, '--json') == 0
@@ -346,6 +350,9 @@ def test_a_tokenizer_is_trained_on_request(made, tmp_path, capsys):
     assert hashes(tmp_path / 'out') == hashes(tmp_path / 'again') and 'tokenizer/tokenizer.model' in hashes(tmp_path / 'out')
     with pytest.raises(UserError, match='another --vocab-size'):
         run(file, '--to', tmp_path / 'small', '--workers', 0, '--vocab-size', 20)
+    with monkeypatch.context() as patch, pytest.raises(UserError, match='partial/files cannot be written .No space left'):
+        patch.setattr(rows_folder, 'train_sentencepiece', full_disk)
+        run(file, '--to', tmp_path / 'small', '--workers', 0, '--vocab-size', 300)
     assert run(file, '--to', tmp_path / 'small', '--workers', 0, '--vocab-size', 300) == 0  # the parts were kept
     assert hashes(tmp_path / 'small') == hashes(tmp_path / 'out')
 
@@ -354,7 +361,7 @@ def test_mistakes_are_told(made, tmp_path, capsys):
     _, file, to, _ = made
     with pytest.raises(UserError, match='nowhere.json does not exist'):
         run(tmp_path / 'nowhere.json', '--to', tmp_path / 'b')
-    with pytest.raises(UserError, match='was prepared from another source'):
+    with pytest.raises(UserError, match='was prepared from another source, with other options'):
         run(file, '--to', to, '--rows-per-part', 11)
     (tmp_path / 'file').write_text('')
     with pytest.raises(UserError, match='cannot be written'):
@@ -362,5 +369,9 @@ def test_mistakes_are_told(made, tmp_path, capsys):
     for wrong in (('--workers', '-1'), ('--rows-per-part', '0'), ('--rows-per-part', 'x'), ('--max-bad', '2')):
         with pytest.raises(SystemExit):
             run(file, '--to', tmp_path / 'b', *wrong)
-    assert main.main(['prepare']) == 2 and 'needs a SOURCE' in capsys.readouterr().err
+    for arguments, told in (
+            (['prepare'], 'needs a SOURCE'), (['prepare', '--row', '0'], 'belong to --inspect'),
+            (['prepare', '--draw', 'x.png', 'rows', file, '--to', 'b'], 'belong to --inspect'),
+            (['prepare', '--inspect', 'x.gin', 'rows', file, '--to', 'b'], 'prepares nothing; leave rows out')):
+        assert main.main(arguments) == 2 and told in capsys.readouterr().err
     assert JsonLines(file).sha256 and not (tmp_path / 'b').exists()

@@ -24,10 +24,10 @@ def turns(question, answer):
 def test_what_is_no_file_or_has_no_key_is_left_out(tmp_path, form):
     members = [('folder', '5'), ('folder/README', b'x' * 600), ('folder/.hidden.txt', b'x'), ('._a.txt', b'x'),
                ('a.txt', b'a'), ('b.txt', '2'), ('c.txt', '1'), ('d.txt', '6'), ('z' * 150 + '.txt', '2'),
-               ('folder/e.txt', b'e'), ('f.dir/', b''), ('dotted.dir/g.x.txt', b'g'), ('g.txt', b'h')]
+               ('folder/e.txt', b'e'), ('f.dir/', b''), ('dotted.dir/g.x.txt', b'g'), ('g.txt', b'h'), ('g.jpg', b'p')]
     source = TarRows(tiny_tars.write(tmp_path / 'a.tar', tiny_tars.packed(members, form)))
     assert [source._indices[0].key(n) for n in range(len(source))] == ['a', 'folder/e', 'dotted.dir/g', 'g']
-    assert source[3]['conversations'] == turns('', 'h')
+    assert source[3]['conversations'] == turns('<image>', 'h')
 
 
 def test_sparse_and_huge_members(tmp_path):
@@ -38,13 +38,14 @@ def test_sparse_and_huge_members(tmp_path):
             file.seek(offset)
             file.write(b'x')
     tiny_tars.write(tmp_path / 'a.txt', b'a')
+    tiny_tars.write(tmp_path / 'a.jpg', b'p')
     for form in ('gnu', 'pax'):
         tar = tmp_path / f'{form}.tar'
-        command = f'cd {tmp_path} && tar --sparse --format={form} -cf {tar} sparse.txt a.txt 2>/dev/null'
+        command = f'cd {tmp_path} && tar --sparse --format={form} -cf {tar} sparse.txt a.txt a.jpg 2>/dev/null'
         if os.system(command):
             pytest.skip('no GNU tar here')
         source = TarRows(str(tar))
-        assert source[len(source) - 1]['conversations'] == turns('', 'a') and len(source) == 1
+        assert source[len(source) - 1]['conversations'] == turns('<image>', 'a') and len(source) == 1
     huge = tmp_path / 'huge.tar'  # a hole of 9 GiB, which octal sizes cannot tell
     for form in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
         info = tarfile.TarInfo('b.jpg')

@@ -78,7 +78,10 @@ def test_samples_of_many_tars(tmp_path, form, where, monkeypatch):
     ({'k.jpg': b'1', 'k.json': {'image': None, 'conversations': turns('q', 'a')}},
      {'frames': [b'1'], 'conversations': turns('q', 'a')}),
     ({'k.json': {'conversations': turns('q', 'a')}, 'k.npy': b'1'}, {'conversations': turns('q', 'a')}),
-    ({'./k.jpg': b'1', 'k.txt': 'x'}, {'frames': [b'1'], 'conversations': turns('<image>', 'x')})])
+    ({'./k.jpg': b'1', 'k.txt': 'x'}, {'frames': [b'1'], 'conversations': turns('<image>', 'x')}),
+    ({'k.left.png': b'l', 'k.10.png': b'10', 'k.2.jpg': b'2', 'k.jpg': b'k', 'k.json': {'messages': [1]}},
+     {'frames': [b'k', b'2', b'10', b'l'], 'messages': [1]}),
+    ({'k.avif': b'1', 'k.txt': 'x'}, {'frames': [b'1'], 'conversations': turns('<image>', 'x')})])
 def test_kinds_of_samples(tmp_path, members, record):
     contents = [(name, content.encode() if isinstance(content, str) else content if isinstance(content, bytes) else
                  json.dumps(content).encode()) for name, content in members.items()]
@@ -89,16 +92,18 @@ def test_kinds_of_samples(tmp_path, members, record):
     ({'k.jpg': b'1'}, 'a.tar sample k has neither turns nor a caption: it has jpg; it needs a .txt'),
     ({'k.npy': b'1'}, 'neither turns nor a caption: it has npy'),
     ({'k.json': b'{"a": 1}'}, 'neither turns nor a caption: it has json'),
+    ({'k.jxl': b'1', 'k.txt': b'x'}, 'a.tar sample k has a caption but no picture'),
     ({'k.json': b'{'}, 'a.tar sample k: not valid JSON'), ({'k.json': b'[]'}, 'its .json is not a JSON object'),
     ({'k.jpg': b'', 'k.txt': b'\xff'}, 'its .txt is not UTF-8'), ({'k.jpg': b'1', 'k.JPG': b'2'}, 'two files of one ending'),
     ({'k.a.jpg': b'', 'k.b.jpg': b'', 'k.json': b'{"image": "c.jpg"}'},
      r"image names 'c.jpg', but the pictures of the sample are k.a.jpg, k.b.jpg; name those"),
     ({'k.a.jpg': b'', 'k.b.jpg': b'', 'k.json': b'{"images": [{}]}'}, 'images names {}')])
 def test_samples_that_cannot_be_used_are_told(tmp_path, members, told):
-    source = TarRows(tiny_tars.write(tmp_path / 'a.tar', tiny_tars.packed([*members.items(), ('l.txt', b'fine')])))
+    source = TarRows(tiny_tars.write(tmp_path / 'a.tar', tiny_tars.packed(
+        [*members.items(), ('l.png', b''), ('l.txt', b'fine')])))
     with pytest.raises(UserError, match=told):
         source[0]
-    assert source[1]['conversations'] == turns('<image>', 'fine') or source[1]['id'] == 'l'
+    assert source[1]['conversations'] == turns('<image>', 'fine') and source[1]['id'] == 'l'
 
 
 def test_members_of_a_sample_may_lie_apart(tmp_path):
@@ -110,7 +115,8 @@ def test_members_of_a_sample_may_lie_apart(tmp_path):
 
 def test_index_is_kept_and_follows_the_tar(tmp_path, monkeypatch):
     cache = tmp_path / 'deep/cache'
-    path = tiny_tars.write(tmp_path / 'a.tar', tiny_tars.packed([('a.txt', b'a'), ('b.jpg', b'b'), ('b.txt', b'c')]))
+    pictures = [('a.jpg', b'a'), ('b.jpg', b'b')]
+    path = tiny_tars.write(tmp_path / 'a.tar', tiny_tars.packed([*pictures, ('a.txt', b'a'), ('b.txt', b'c')]))
     first = TarRows(path, str(cache))
     (kept,) = cache.iterdir()
     scans = []
@@ -123,9 +129,9 @@ def test_index_is_kept_and_follows_the_tar(tmp_path, monkeypatch):
         kept.write_bytes(damage)
         assert seen(TarRows(path, str(cache))[1]) == seen(first[1])
     assert len(scans) == 5
-    tiny_tars.write(path, tiny_tars.packed([('a.txt', b'a'), ('b.txt', b'longer')]))
+    tiny_tars.write(path, tiny_tars.packed([*pictures, ('a.txt', b'a'), ('b.txt', b'longer')]))
     changed = TarRows(path, str(cache))
-    assert len(scans) == 6 and changed.sha256 != first.sha256 and changed[1]['conversations'] == turns('', 'longer')
+    assert len(scans) == 6 and changed.sha256 != first.sha256 and changed[1]['conversations'] == turns('<image>', 'longer')
     (tmp_path / 'file').touch()
     assert len(TarRows(path, str(tmp_path / 'file'))) == 2, 'a cache that cannot be written costs time only'
 

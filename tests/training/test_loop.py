@@ -171,6 +171,9 @@ def test_trouble_in_the_data_stops_after_saving(gin_file, tmp_path, monkeypatch)
 
 
 def test_too_many_bad_samples():
-    record = loop.Record(1, '', num_samples=50, bad_samples=2)
-    assert loop._too_many_bad(record, 0.01, samples_per_epoch=1000) is None  # 2 of 50 says nothing yet
-    assert '2 of 50 samples' in str(loop._too_many_bad(record, 0.01, samples_per_epoch=100))
+    begin, record = loop.Record(0, ''), loop.Record(1, '', num_samples=50, bad_samples=2)
+    assert loop._too_many_bad(record, begin, 0.01, num_samples=1000) is None  # 2 of 50 says nothing yet
+    assert '2 of 50 samples' in str(loop._too_many_bad(record, begin, 0.01, num_samples=100))
+    assert loop._too_many_bad(record, record, 0.01, num_samples=100) is None  # resumed: they may be repaired
+    later = loop.Record(2, '', num_samples=70, bad_samples=5)
+    assert '3 of 20 samples' in str(loop._too_many_bad(later, record, 0.01, num_samples=100))

@@ -36,6 +36,8 @@ With CONFIG also --gin.NAME=VALUE, --gin_file FILE and --gin_bindings TEXT, as i
 EXAMPLE = """vora bench data --decoder pillow,simplejpeg
   vora bench data configs/quickstart/vora.gin --steps 10 --gin.Train.workers=1"""
 
+MAX_PIXELS, MAX_SIDE = 1 << 25, 1 << 14  # of a photograph: making it takes 50 bytes a pixel
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `vora bench data`."""
@@ -187,4 +189,7 @@ def _size(text: str) -> tuple[int, int]:
     match = re.fullmatch(r'([1-9]\d{0,4})x([1-9]\d{0,4})', text.strip())
     if not match:
         raise UserError(f'--size: {text!r} is not WIDTHxHEIGHT in pixels, such as 640x480.')
-    return int(match[1]), int(match[2])
+    width, height = int(match[1]), int(match[2])
+    if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
+        raise UserError(f'--size: {text} is too large; give at most {MAX_PIXELS:,} pixels, {MAX_SIDE:,} a side.')
+    return width, height

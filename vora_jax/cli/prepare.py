@@ -68,8 +68,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prepares the sample set or model; 0 on success. UserError on bad input."""
+    if args.inspect and args.source:
+        raise UserError(f'--inspect looks at the data of its CONFIG and prepares nothing; leave {args.source} out, or give '
+                        'it a command of its own.')
     if args.inspect:
         return prepare_inspect.run(args)
+    if args.draw or args.sample is not None or args.row is not None:
+        raise UserError('--row, --sample and --draw of prepare belong to --inspect CONFIG; leave them out.')
     if getattr(args, 'gin_files', ()) or getattr(args, 'gin_bindings', ()):
         raise UserError('--gin arguments of prepare belong to --inspect CONFIG; leave them out.')
     if not args.source:
@@ -120,9 +125,12 @@ def _already(args: argparse.Namespace, source: dict[str, Any]) -> dict[str, Any]
 
 
 def _fraction(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1
     if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f'{text} is not between 0 and 1')
+        raise argparse.ArgumentTypeError(f'{text} is not a number from 0 to 1')
     return value
 
 

@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--inspect', metavar='CONFIG', help='.gin file of a stage: show a row as its model will see it: '
                                                            'text, what is learned, mask; needs no SOURCE')
     which = group.add_mutually_exclusive_group()
-    which.add_argument('--row', type=int, default=0, metavar='N', help='row N of the run, counted from 0; default: 0')
+    which.add_argument('--row', type=int, metavar='N', help='row N of the run, counted from 0; default: 0')
     which.add_argument('--sample', type=int, metavar='N', help='sample N of the sources instead, alone in a row')
     group.add_argument('--draw', metavar='FILE.png', help="write the row's pictures there, put together from their patches")
 
@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
         title, row = read_sample(data, rule, args.sample)
     else:
         progress = functools.partial(tqdm.tqdm, leave=False, disable=None, unit='')
-        title, row = read_row(data, rule, config.seed, args.row, progress)
+        title, row = read_row(data, rule, config.seed, args.row or 0, progress)
     print(f'{title}\n\n{tell_row(row, rule, load_tokenizer(data.tokenizer))}\n\nmask: queries downwards, keys to the right')
     print(draw_mask(row))
     if args.draw and row.patches is not None:

@@ -6,6 +6,7 @@ from typing import Any
 from vora_jax.data.prepare import rows_folder
 from vora_jax.data.prepare.row_parts import Plan
 from vora_jax.data.sources.open_rows import open_rows
+from vora_jax.data.sources.remote import folder_of
 
 ROWS_PER_PART = 4096  # about 256 MB of ordinary photographs
 
@@ -32,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def prepare(args: argparse.Namespace, progress: Any) -> dict[str, Any]:
     """Prepares the rows, unless it is done already; returns the manifest. UserError on bad input."""
     rows = open_rows(args.path)
-    root = args.image_root or args.path.rpartition('/')[0]
+    root = args.image_root or folder_of(args.path)
     plan = Plan(args.rows_per_part, root if '://' in root else os.path.abspath(root), not args.no_check, args.tokenizer,
                 args.patch_size)
     if manifest := rows_folder.find(args.to, rows, plan, args.vocab_size):

@@ -2,7 +2,6 @@
 import argparse
 import dataclasses
 import json
-import os
 import pathlib
 import sys
 import tempfile
@@ -16,7 +15,10 @@ from vora_jax.cli.made_up_prompts import made_up_prompts
 from vora_jax.convert.export.layouts import ADAPTERS
 from vora_jax.convert.export.to_hf import read_record
 from vora_jax.convert.verify.comparison import Comparison, Question, verify
-from vora_jax.data.sources.json_lines import JsonLines
+from vora_jax.data.frame import Frame, frame_name
+from vora_jax.data.sources.files import locate, open_binary
+from vora_jax.data.sources.open_rows import open_rows
+from vora_jax.data.sources.remote import folder_of, reason
 from vora_jax.data.text.records import check_record
 from vora_jax.data.text.tokenizer import IMAGE
 from vora_jax.evaluation.prompts import Prompt, PromptRows
@@ -38,7 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `vora verify`."""
     parser.add_argument('checkpoint', metavar='CKPT', help='a workdir (latest step) or one step in it')
     parser.add_argument('folder', metavar='DIR', help='what `vora export` made of it')
-    parser.add_argument('--data', metavar='FILE', help='JSON lines; their questions are the prompts; default: made up')
+    parser.add_argument('--data', metavar='PATH', help='rows of any kind that training reads; their first questions are '
+                                                       'the prompts; default: made up')
     parser.add_argument('--num', type=int, default=32, metavar='N', help='prompts; default %(default)s')
     parser.add_argument('--max-new-tokens', type=int, default=16, metavar='N',
                         help='length of the compared answers; default %(default)s')
@@ -63,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         prompts, batches = [], ()
         asks = layout != ADAPTERS and isinstance(source.model, VisionLanguageModel)
         if asks and source.tokenizer is not None:
-            prompts = read_prompts(args.data, args.num) if args.data else made_up_prompts(
+            prompts = read_prompts(args.data, args.num, pathlib.Path(folder)) if args.data else made_up_prompts(
                 args.num, None if layout == 'llm' else source.rule, pathlib.Path(folder), _stock_side(source, args))
             rows = PromptRows(prompts, source.data, source.rule, source.tokenizer)
             batches = tqdm.tqdm(rows.batches(BATCH_ROWS), total=-(-len(rows) // BATCH_ROWS), leave=False, disable=None)
@@ -82,19 +85,31 @@ def _stock_side(source: Source, args: argparse.Namespace) -> int:
     return embed.table_rows * embed.patch_size if stock and embed is not None else 0
 
 
-def read_prompts(path: str, num: int) -> list[Prompt]:
-    """The first questions of `num` records, evenly spread over the file."""
-    rows, prompts = JsonLines(path), []
+def read_prompts(path: str, num: int, folder: pathlib.Path) -> list[Prompt]:
+    """The first questions of `num` records, evenly spread over the rows; pictures that are no local files become files of
+    `folder`."""
+    rows, prompts = open_rows(path), []
     for number in np.unique(np.linspace(0, len(rows) - 1, num).round().astype(int)).tolist():
         where = rows.where(number)
         _, exchanges, frames = check_record(rows[number], where)
         question = exchanges[0][0]
-        shown = frames[:question.count(IMAGE)]
-        if not all(isinstance(frame, str) for frame in shown):
-            raise UserError(f'{where}: its pictures stand in the row itself; verify with rows that name picture files.')
-        files = tuple(os.path.join(os.path.dirname(path), frame) for frame in shown)
-        prompts.append(Prompt(question, files, where=where))
+        shown = [locate(frame, folder_of(path)) for frame in frames[:question.count(IMAGE)]]
+        files = [_as_file(frame, folder / f'{number}-{place}', where) for place, frame in enumerate(shown)]
+        prompts.append(Prompt(question, tuple(files), where=where))
     return prompts
+
+
+def _as_file(frame: str | Frame, copy: pathlib.Path, where: str) -> str:
+    """The name of a picture's file, which torch's side opens too."""
+    if isinstance(frame, str) and '://' not in frame:
+        return frame
+    try:
+        with frame.open() if isinstance(frame, Frame) else open_binary(frame) as file:
+            copy.write_bytes(file.read())
+    except (OSError, UserError) as error:
+        raise UserError(f'{where}: image {frame_name(frame)} cannot be read ({reason(error)}); replace or remove '
+                        'it.') from error
+    return str(copy)
 
 
 def _report(found: Comparison, args: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 Frozen dataclasses, bindable from a configuration file.
 """
 import dataclasses
+import math
 from typing import Literal
 
 from vora_jax.types import UserError
@@ -23,8 +24,8 @@ class Source:
     weight: float = 1.0
 
     def __post_init__(self):
-        if self.weight < 0:
-            raise UserError(f'Source.weight of {self.path} is {self.weight}; it must not be negative.')
+        if not 0 <= self.weight < math.inf:
+            raise UserError(f'Source.weight of {self.path} is {self.weight}; it must be a number of 0 or more.')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +107,10 @@ class Data:
         for name in ('max_slots', 'max_patches', 'max_images'):
             if getattr(self, name) < 1:
                 raise UserError(f'Data.{name} is {getattr(self, name)}; it must be at least 1.')
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise UserError(f'Data.max_bad_fraction is {self.max_bad_fraction}; it must be from 0 to 1.')
+        if self.video_frames < 0:
+            raise UserError(f'Data.video_frames is {self.video_frames}; it must be at least 0.')
 
     @property
     def image_policy(self) -> ImagePolicy:

@@ -5,9 +5,10 @@ files, so that worker processes share them and a resumed run need not repeat the
 """
 import bisect
 import json
+import logging
 import pathlib
 import threading
-from typing import Any, NamedTuple, Sequence
+from typing import Any, BinaryIO, Callable, NamedTuple, Sequence
 
 import numpy as np
 
@@ -15,6 +16,8 @@ from vora_jax.data.mixture import epoch_samples
 from vora_jax.data.packing import Budgets, plan
 from vora_jax.data.whole_file import write_whole
 from vora_jax.types import Array
+
+log = logging.getLogger(__name__)
 
 _OFTEN = 64  # epochs whose ends are stored at once; of many tiny epochs some are planned again by a resumed run
 _KEPT = 2  # plans held open: rows are read ahead over the border of an epoch
@@ -99,7 +102,7 @@ class Epochs:
             if new >= self._unstored:
                 self._unstored = new + 1 + new // _OFTEN
                 text = json.dumps(max(self._ends, self._stored_ends(), key=len))
-                write_whole(self._folder / 'ends.json', lambda file: file.write(text.encode()))
+                self._keep(self._folder / 'ends.json', lambda file: file.write(text.encode()))
         return self._ends[epoch] - self._start(epoch)
 
     def _start(self, epoch: int) -> int:
@@ -125,24 +128,45 @@ class Epochs:
             try:
                 return np.asarray(np.load(self._path(epoch), mmap_mode='r'))
             except FileNotFoundError:  # not made yet, or removed by a process that is further on
-                self._make(epoch)
+                stored = self._make(epoch)
+                if not self._keep(self._path(epoch), lambda file: np.save(file, stored)):
+                    return stored
+                self._remove_before(epoch - _KEPT)
 
-    def _make(self, epoch: int) -> None:
+    def _make(self, epoch: int) -> Array:
         samples = epoch_samples(self._sizes, self._weights, self._seed, epoch)
         rows = plan(self.lengths[samples, :3], self._budgets, (self._seed, epoch), pack=self._pack)
         small = max(sum(self._sizes), len(samples)) < 1 << 31
         stored = np.concatenate([[len(rows.starts) - 1], rows.starts, samples[rows.samples]])
-        stored = stored.astype(np.int32 if small else np.int64)
-        write_whole(self._path(epoch), lambda file: np.save(file, stored))
-        self._path(epoch - _KEPT - 1).unlink(missing_ok=True)  # its end stays in ends.json
+        return stored.astype(np.int32 if small else np.int64)
+
+    def _keep(self, path: pathlib.Path, write: Callable[[BinaryIO], Any]) -> bool:
+        """Writes a file, and says whether that was possible: training goes on without it."""
+        try:
+            write_whole(path, write)
+        except FileNotFoundError:  # the folder was removed, perhaps as the loader was closed while threads still read
+            return False
+        except OSError as error:
+            if not self._warned:
+                log.warning('%s cannot be written (%s); the rows are planned again next time.', path, error)
+            self._warned = True
+            return False
+        return True
+
+    def _remove_before(self, epoch: int) -> None:
+        """Removes the plans of earlier epochs; where they end stays in ends.json."""
+        for path in self._folder.glob('plan-*.npy'):
+            if int(path.stem.removeprefix('plan-')) < epoch:
+                path.unlink(missing_ok=True)
 
     def _path(self, epoch: int) -> pathlib.Path:
         return self._folder / f'plan-{epoch:05}.npy'
 
     def __getstate__(self) -> dict[str, Any]:
-        own = '_lock', '_plans', '_lengths', '_unstored'  # of this process
+        own = '_lock', '_plans', '_lengths', '_unstored', '_warned'  # of this process
         state = {name: value for name, value in self.__dict__.items() if name not in own}
         return {**state, '_ends': list(self._ends)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update({'_ends': []} | state, _lock=threading.Lock(), _plans={}, _lengths=None, _unstored=0)
+        self.__dict__.update({'_ends': []} | state, _lock=threading.Lock(), _plans={}, _lengths=None, _unstored=0,
+                             _warned=False)

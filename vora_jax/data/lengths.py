@@ -11,10 +11,12 @@ import multiprocessing
 import os
 import pathlib
 import shutil
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 
 import numpy as np
 
+from vora_jax.data.child_process import serve_parent
 from vora_jax.data.packing import Budgets
 from vora_jax.data.samples import Samples
 from vora_jax.data.whole_file import write_whole
@@ -83,7 +85,7 @@ def build(samples: Samples, folder: pathlib.Path, progress: Callable[..., Iterab
         workers: measuring processes; 0 measures in this one.
         turn: (index, count) of this process among those that share the folder.
     Raises:
-        UserError: somebody removed the folder.
+        UserError: somebody removed the folder, it cannot be written, or a measuring process was killed.
     """
     ready = _read(folder)
     if ready is not None:
@@ -100,6 +102,12 @@ def build(samples: Samples, folder: pathlib.Path, progress: Callable[..., Iterab
         found = _join(parts, folder, count)
     except FileNotFoundError:  # another run has removed the parts: it was faster, or has found the data unusable
         found = _read(folder)
+    except BrokenProcessPool as error:
+        raise UserError('a process that measures samples was killed, perhaps as the memory was full; give the same command '
+                        'with fewer Train.workers: it goes on with what is missing.') from error
+    except OSError as error:
+        raise UserError(f'{folder} cannot be written ({error}); make room there, or set Data.cache to another '
+                        'folder.') from error
     if found is None:
         raise UserError(f'{folder} was removed while samples were measured; start again.')
     if turn[1] == 1:  # others may still be at work
@@ -131,6 +139,7 @@ _worker: list[Any] = []  # what a measuring process was started with
 
 def _start(samples: Samples, parts: pathlib.Path) -> None:
     _worker[:] = samples, parts
+    serve_parent()
 
 
 def _measure_here(number: int) -> None:

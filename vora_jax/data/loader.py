@@ -10,7 +10,7 @@ import pathlib
 import sys
 import tempfile
 import weakref
-from typing import Callable, Iterable, Iterator
+from typing import Any, Callable, Iterable, Iterator
 
 import grain
 import numpy as np
@@ -18,6 +18,7 @@ from grain.experimental import ElasticIterator
 
 from vora_jax.batch import Batch, Patches
 from vora_jax.data import lengths
+from vora_jax.data.child_process import serve_parent
 from vora_jax.data.config import Data
 from vora_jax.data.epochs import Epochs
 from vora_jax.data.quarantine import Quarantine
@@ -47,6 +48,10 @@ class Blocks:
 
     def __getitem__(self, number: int) -> Batch:
         return self._rows.batch(number * self._size, self._size)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        serve_parent(through_sigterm=True)  # what grain sends to its worker processes before they read
 
 
 class Loader:
@@ -84,7 +89,13 @@ class Loader:
     def __next__(self) -> Batch:
         if not self._opened:
             raise StopIteration
-        batch = next(self._opened[0])
+        try:
+            batch = next(self._opened[0])
+        except RuntimeError as error:
+            if 'terminated unexpectedly' not in str(error):  # grain's words about a killed process
+                raise
+            raise UserError('a process that reads data was killed, perhaps as the memory was full; give the run fewer '
+                            'Train.workers.') from error
         # Each leaf has one more dimension: grain's batch of one block. Workers hand over views of shared memory, which must
         # not outlive them.
         take = (lambda leaf: np.array(leaf[0])) if self._copies else (lambda leaf: leaf[0])
@@ -150,7 +161,7 @@ def batches(data: Data, rule: VisionTokenRule | None, batch_rows: int, seed: int
     temporary = None if kept else tempfile.TemporaryDirectory(prefix='vora-data-', ignore_cleanup_errors=True)
     folder = pathlib.Path(kept or temporary.name)
     samples = Samples(data, rule, kept, cache_bytes // max(workers, 1))
-    rows = _rows(samples, data, seed, folder, Quarantine(quarantine), progress, workers, shard)
+    rows, sizes_hash = _rows(samples, data, seed, folder, Quarantine(quarantine), progress, workers, shard)
     dataset = grain.MapDataset.source(Blocks(rows, batch_rows, count))
     options = None
     if workers:
@@ -161,12 +172,12 @@ def batches(data: Data, rule: VisionTokenRule | None, batch_rows: int, seed: int
         dataset, count, grain.sharding.ShardOptions(index, count),
         read_options=grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads),
         multiprocessing_options=options)
-    return Loader(rows, iterator, _manifest(samples, rows), samples, batch_rows // count, bool(workers), temporary)
+    return Loader(rows, iterator, _manifest(samples, sizes_hash), samples, batch_rows // count, bool(workers), temporary)
 
 
 def _rows(samples: Samples, data: Data, seed: int, folder: pathlib.Path, quarantine: Quarantine,
-          progress: Callable[..., Iterable], workers: int, shard: tuple[int, int]) -> Rows:
-    """The rows, after measuring what the folder does not know."""
+          progress: Callable[..., Iterable], workers: int, shard: tuple[int, int]) -> tuple[Rows, str]:
+    """The rows and a hash of all sizes, after measuring what the folder does not know."""
     weights = [source.weight for source in data.sources]
     if sum(size * weight for size, weight in zip(samples.sizes, weights)) < 1:  # an epoch of nothing would never end
         raise UserError('the sources of Data give no sample with these weights; raise Source.weight.')
@@ -177,22 +188,27 @@ def _rows(samples: Samples, data: Data, seed: int, folder: pathlib.Path, quarant
     _make(folder)
     measured = folder / f'lengths-{key}'
     index = lengths.build(samples, measured, progress, workers, shard)
+    fitted = lengths.fit(index, samples.budgets)
+    sizes_hash = hashlib.sha256(fitted).hexdigest()
+    # Of what was measured, not of what the data are said to be: plans do not outlive an index that is made anew.
     plans = hashlib.sha256(json.dumps(
-        [ORDER_VERSION, key, samples.sizes, weights, samples.budgets, seed, data.pack]).encode()).hexdigest()[:20]
+        [ORDER_VERSION, sizes_hash, samples.sizes, weights, samples.budgets, seed, data.pack]).encode()).hexdigest()[:20]
     plans = folder / f'plans-{plans}'
     _make(plans)
     if not (plans / 'lengths.npy').exists():
-        fitted = lengths.fit(index, samples.budgets)
-        write_whole(plans / 'lengths.npy', lambda file: np.save(file, fitted))
+        try:
+            write_whole(plans / 'lengths.npy', lambda file: np.save(file, fitted))
+        except OSError as error:
+            raise UserError(f'{plans} cannot be written ({error}); make room there, or set Data.cache to another '
+                            'folder.') from error
     epochs = Epochs(plans, samples.sizes, weights, samples.budgets, seed, data.pack)
-    rows = Rows(samples, epochs, quarantine, data.max_bad_fraction)
+    rows = Rows(samples, epochs, quarantine, data.max_bad_fraction, judges=shard[1] == 1)
     try:
         rows.note_measured(index)
-    except UserError:  # the user may repair pictures, of which the names of these folders know nothing
+    except UserError:  # the user may repair pictures, of which the name of this folder knows nothing
         lengths.forget(measured)
-        (plans / 'lengths.npy').unlink(missing_ok=True)
         raise
-    return rows
+    return rows, sizes_hash
 
 
 def _make(folder: pathlib.Path) -> None:
@@ -203,8 +219,8 @@ def _make(folder: pathlib.Path) -> None:
                         'that can be written.') from error
 
 
-def _manifest(samples: Samples, rows: Rows) -> str:
-    parts = [ORDER_VERSION, samples.content, rows.sizes_hash]
+def _manifest(samples: Samples, sizes_hash: str) -> str:
+    parts = [ORDER_VERSION, samples.content, sizes_hash]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

@@ -6,6 +6,8 @@ import os
 import threading
 from typing import Any
 
+from vora_jax.types import UserError
+
 log = logging.getLogger(__name__)
 
 MAX_TOLD = 100  # samples that a process logs; the file has all
@@ -34,22 +36,27 @@ class Quarantine:
             self._reasons[source, row] = reason
             self._told += 1
         if self._told <= MAX_TOLD:
-            log.warning('left out a sample: %s', reason)
+            # A file name may hold what is no text: no terminal could show it.
+            log.warning('left out a sample: %s', reason.encode(errors='backslashreplace').decode())
         if self._told == MAX_TOLD:
             log.warning('more samples that are left out are not told here%s', self.path and f', but in {self.path}')
         return True
 
     def _write(self, source: str, row: int, where: str, reason: str) -> bool:
-        with open(self.path, 'a+b') as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            self._read_on(file)
-            if (source, row) in self._reasons:
-                return False
-            line = json.dumps({'source': source, 'row': row, 'where': where, 'reason': reason}, ensure_ascii=False)
-            file.seek(0, os.SEEK_END)
-            file.write(line.encode('utf-8', 'backslashreplace') + b'\n')
-            file.flush()
-            self._offset = file.tell()
+        line = json.dumps({'source': source, 'row': row, 'where': where, 'reason': reason}, ensure_ascii=False)
+        try:
+            with open(self.path, 'a+b') as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                self._read_on(file)
+                if (source, row) in self._reasons:
+                    return False
+                file.seek(0, os.SEEK_END)
+                file.write(line.encode('utf-8', 'backslashreplace') + b'\n')
+                file.flush()
+                self._offset = file.tell()
+        except OSError as error:
+            raise UserError(f'{self.path} cannot be written ({error.strerror}); it must name a sample that was left out: '
+                            f'{reason}') from error
         return True
 
     @property
@@ -63,6 +70,8 @@ class Quarantine:
 
     def _read_on(self, file: Any) -> None:
         """What was added since this process last looked; a line cut off by a crash is finished first."""
+        if os.fstat(file.fileno()).st_size < self._offset:  # somebody emptied it
+            self._offset = 0
         file.seek(self._offset)
         content = file.read()
         if content and not content.endswith(b'\n'):
@@ -70,8 +79,11 @@ class Quarantine:
             if file.writable():
                 file.truncate(self._offset + len(content))
         for line in content.splitlines():
-            found = json.loads(line)
-            self._reasons.setdefault((found['source'], found['row']), found['reason'])
+            try:
+                found = json.loads(line)
+                self._reasons.setdefault((found['source'], found['row']), found['reason'])
+            except (ValueError, KeyError, TypeError):  # somebody edited it: training need not stop for that
+                continue
         self._offset += len(content)
 
     def __getstate__(self) -> dict[str, Any]:

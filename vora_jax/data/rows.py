@@ -1,5 +1,4 @@
 """Row numbers to laid-out rows."""
-import hashlib
 import math
 
 import numpy as np
@@ -23,15 +22,18 @@ class Rows:
     in its place. Picklable and safe between threads.
     """
 
-    def __init__(self, samples: Samples, epochs: Epochs, quarantine: Quarantine, max_bad_fraction: float):
-        self._samples, self._epochs, self._quarantine = samples, epochs, quarantine
-        self._max_bad = max_bad_fraction
-        self._num_lost, self._failed = 0, set()  # samples that no plan has a place for; those this process failed to read
+    def __init__(self, samples: Samples, epochs: Epochs, quarantine: Quarantine, max_bad_fraction: float,
+                 judges: bool = True):
+        """Of all samples.
 
-    @property
-    def sizes_hash(self) -> str:
-        """Of the sizes of all samples, on which the plans rest."""
-        return hashlib.sha256(np.ascontiguousarray(self._epochs.lengths).tobytes()).hexdigest()
+        Args:
+            samples, epochs, quarantine: parts of the rows.
+            max_bad_fraction: share of samples that may be unusable.
+            judges: reading ends with a UserError where more are. Where several hosts read, none may leave the others.
+        """
+        self._samples, self._epochs, self._quarantine = samples, epochs, quarantine
+        self._max_bad, self._judges = max_bad_fraction, judges
+        self._num_lost, self._failed = 0, set()  # samples that no plan has a place for; those this process failed to read
 
     @property
     def warnings(self) -> list[str]:
@@ -101,12 +103,14 @@ class Rows:
                 segment, size = self._samples.segment(sample, turns)
                 if size != tuple(planned):
                     raise UserError(f'{at.where}: its (slots, patches, images) are {size} and were {tuple(planned)} when '
-                                    'it was measured; restore the pictures, or remove the folder Data.cache and start anew.')
+                                    'it was measured; restore the pictures, or remove the index (the folder Data.cache, or '
+                                    'data in the workdir) and start anew.')
             except UserError as error:
                 if str(error):
                     self._failed.add(sample)
                     self._note(sample, str(error))
-                    self._check_limit(str(error))
+                    if self._judges:
+                        self._check_limit(str(error))
                 tally[at.source, 1] += 1
                 continue
             segments.append(segment)

@@ -17,6 +17,7 @@ from vora_jax.data.images.picture_cache import PictureCache
 from vora_jax.data.packing import Budgets, Picture, Text
 from vora_jax.data.sources.files import locate
 from vora_jax.data.sources.open_rows import open_rows
+from vora_jax.data.sources.remote import folder_of
 from vora_jax.data.text.conversation import Image, Turn, place, render_turns
 from vora_jax.data.text.templates import find_template
 from vora_jax.data.text.tokenizer import fingerprint, load_tokenizer
@@ -62,7 +63,7 @@ class Samples:
         self._template.end_id(self._tokenizer)  # a template for another tokenizer is told now, not with every sample
         self.vocab_size = self._tokenizer.vocab_size
         self._sources = [open_rows(source.path, cache) for source in data.sources]
-        self._roots = [source.image_root or _folder(source.path) for source in data.sources]
+        self._roots = [source.image_root or folder_of(source.path) for source in data.sources]
         self.sizes = [len(source) for source in self._sources]
         self.names = _names([source.path for source in data.sources])
         self._ends = list(itertools.accumulate(self.sizes))
@@ -166,19 +167,16 @@ class Samples:
 
     def _frame_grids(self, frame: str | Frame) -> list[tuple[int, int]]:
         name = frame_name(frame)
-        if name not in self._grids:
+        grids = self._grids.get(name)
+        if grids is None:
+            grids = fit_grids(*read_size(frame), self.rule.patch_size, self._policy)
             if len(self._grids) >= MAX_KNOWN_SIZES:
-                self._grids.clear()
-            self._grids[name] = fit_grids(*read_size(frame), self.rule.patch_size, self._policy)
-        return self._grids[name]
+                self._grids.clear()  # also while another thread is here
+            self._grids[name] = grids
+        return grids
 
     def _load(self, frame: str | Frame) -> list[Picture]:
         return self._pictures.get(frame_name(frame), lambda: load_pictures(frame, self.rule.patch_size, self._policy))
-
-
-def _folder(path: str) -> str:
-    """Folder of a file, of any kind of path; '' for a bare name."""
-    return path.rpartition('/')[0]
 
 
 def _names(paths: Sequence[str]) -> list[str]:

@@ -1,4 +1,5 @@
 """Files that are written whole or not at all."""
+import contextlib
 import os
 import pathlib
 import tempfile
@@ -19,5 +20,6 @@ def write_whole(path: pathlib.Path, write: Callable[[BinaryIO], Any]) -> None:
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        with contextlib.suppress(OSError):  # somebody removed the folder: tell what went wrong, not this
+            os.unlink(temporary)
         raise

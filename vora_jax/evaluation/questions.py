@@ -1,5 +1,4 @@
 """Test questions: reading, choosing, shuffling their pictures."""
-import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -8,6 +7,7 @@ import numpy as np
 from vora_jax.data.frame import Frame, frame_name
 from vora_jax.data.sources.files import locate
 from vora_jax.data.sources.open_rows import open_rows
+from vora_jax.data.sources.remote import folder_of
 from vora_jax.data.text.records import check_record
 from vora_jax.evaluation.config import Eval
 from vora_jax.types import UserError
@@ -45,7 +45,7 @@ def read_questions(config: Eval) -> list[Question]:
             `max_per_kind` names a kind that the file does not have.
     """
     rows = open_rows(config.data)
-    root = config.image_root or os.path.dirname(config.data)
+    root = config.image_root or folder_of(config.data)
     questions = []
     for number in range(len(rows)):
         record, where = rows[number], rows.where(number)

@@ -88,7 +88,7 @@ def train(config: Train, config_text: str, workdir: str, parse: Callable[[str], 
         else:
             state, frozen = state_lib.create(plan, config.seed, init_from.take(config.init_from, plan.params))
             record = Record(0, '', writer.save_frozen(frozen), seed=config.seed, manifest=data.manifest)
-        record = dataclasses.replace(record, config_text=config_text)
+        begin = record = dataclasses.replace(record, config_text=config_text)
         num_trainable, num_frozen = count(state.trainable), count(frozen)
         log.info('training %s of %s parameters', f'{num_trainable:,}', f'{num_trainable + num_frozen:,}')
         told = sharding.language_attention(stage.model, micro, mesh, config.attention)
@@ -124,6 +124,8 @@ def train(config: Train, config_text: str, workdir: str, parse: Callable[[str], 
                 try:
                     ready = next(batches)
                 except UserError as error:
+                    if jax.process_count() > 1:  # the others go on: there is no step that all could save
+                        raise
                     trouble = error
 
             # 6. Metrics, and now and then a checkpoint: at the position of the batches trained on, not of
@@ -137,7 +139,7 @@ def train(config: Train, config_text: str, workdir: str, parse: Callable[[str], 
                     bad_samples=record.bad_samples + row['bad_samples'],
                     by_source=_add(record.by_source, [row[name] for name in BY_SOURCE]),
                 )
-                trouble = trouble or _too_many_bad(record, config.data.max_bad_fraction, data.num_samples)
+                trouble = trouble or _too_many_bad(record, begin, config.data.max_bad_fraction, data.num_samples)
             if saves or trouble:
                 writer.save(record, state.trainable, state.opt_state)
 
@@ -218,10 +220,13 @@ def _restore(plan: state_lib.Plan, record: Record, folder: pathlib.Path) -> tupl
     return state_lib.State(step, parts['trainable'], parts['optimizer']), frozen
 
 
-def _too_many_bad(record: Record, max_bad_fraction: float, samples_per_epoch: int) -> UserError | None:
-    """The error that ends the run, if any; a run's first samples are never judged by themselves."""
-    if record.bad_samples <= max_bad_fraction * max(record.num_samples, samples_per_epoch):
+def _too_many_bad(record: Record, begin: Record, max_bad_fraction: float, num_samples: int) -> UserError | None:
+    """The error that ends the run, if any; its first samples are never judged by themselves.
+
+    What was bad before `begin`, where this process took the run up, may be repaired by now.
+    """
+    bad, met = record.bad_samples - begin.bad_samples, record.num_samples - begin.num_samples
+    if bad <= max_bad_fraction * max(met, num_samples):
         return None
-    return UserError(f'{record.bad_samples} of {record.num_samples} samples could not be read, more than '
-                     f'Data.max_bad_fraction = {max_bad_fraction:g} allows; repair them (the log names each) '
-                     'or raise it.')
+    return UserError(f'{bad} of {met} samples could not be read, more than Data.max_bad_fraction = {max_bad_fraction:g} '
+                     'allows; repair them (quarantine.jsonl names each) or raise it.')

@@ -1,12 +1,10 @@
 """Parts of a prepared folder, written by several processes."""
 import concurrent.futures
 import multiprocessing
-import os
-import signal
-import threading
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Callable, Iterator, Sequence
 
+from vora_jax.data.child_process import serve_parent
 from vora_jax.data.prepare.row_parts import Plan, Work, write_part
 from vora_jax.data.sources.rows import Rows
 from vora_jax.types import UserError
@@ -27,7 +25,7 @@ def write_parts(rows: Rows, parts: Sequence[int], plan: Plan, work: Work, worker
     Raises:
         UserError: see `row_parts.write_part`; or a process was killed.
     """
-    if not workers:
+    if not workers or not parts:
         for part in parts:
             yield part, write_part(rows, part, plan, work, lambda: advance(1))
         return
@@ -55,13 +53,7 @@ _job: list[Any] = []  # what this process was started with
 
 def _start(*job: Any) -> None:
     _job[:] = job
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one stops the others
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)  # it was killed: nobody waits for this part any more
+    serve_parent()
 
 
 def _write(part: int) -> dict[str, Any]:

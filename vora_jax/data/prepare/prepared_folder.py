@@ -37,7 +37,7 @@ def find_prepared(to: str, source: dict[str, Any], version: int = VERSION) -> di
     except (OSError, ValueError):
         raise UserError(f'{to} exists but is not a folder that `vora prepare` finished; {advice}.') from None
     if (manifest.get('version'), manifest.get('source')) != (version, source):
-        raise UserError(f'{to} was prepared from another source or by another version; {advice}.')
+        raise UserError(f'{to} was prepared from another source, with other options or by another version; {advice}.')
     return manifest
 
 

@@ -68,7 +68,12 @@ def prepare(rows: Rows, to: str, plan: Plan, progress: Callable[..., Any], worke
                 for part, report in parts:
                     reports[part] = report
                     _check_share(reports, len(rows), max_bad, work)
-        return _finish([reports[part] for part in range(count)], source_of(rows, plan, vocab_size), work.files, vocab_size)
+        source = source_of(rows, plan, vocab_size)
+        try:
+            return _finish([reports[part] for part in range(count)], source, work.files, vocab_size)
+        except OSError as error:
+            raise UserError(f'{work.files} cannot be written ({error.strerror}); make room or look at the storage, then '
+                            'give the same command again: all parts are ready.') from error
 
 
 def _check_share(reports: Reports, total: int, max_bad: float, work: Work) -> None:

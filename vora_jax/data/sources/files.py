@@ -132,7 +132,7 @@ def join(root: str, name: str) -> str:
     """`name` under `root`; a name that is absolute or has `://` stays as it is."""
     if '://' in name or os.path.isabs(name) or not root:
         return name
-    return f'{root.rstrip("/")}/{name}' if '://' in root else os.path.join(root, name)
+    return os.path.join(root, name) if root.endswith('://') or '://' not in root else f'{root.rstrip("/")}/{name}'
 
 
 def locate(frame: str | Frame, root: str) -> str | Frame:

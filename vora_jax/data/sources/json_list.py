@@ -17,8 +17,9 @@ ROLES = {'question': 'human', 'answer': 'gpt'}
 class JsonList:
     """The rows of a JSON list by number, without reading the file into memory, in the format of `records.check_record`.
 
-    As LLaVA's loader does: a first answer that nobody asked for is left out, and the picture of a question is moved in
-    front of it, on a line of its own (where it has one). Picklable and safe to share between threads, see `SpanIndex`.
+    As LLaVA's loader does: a first answer that nobody asked for is left out, and in rows with an `image` the picture of a
+    question that has one is moved in front of it, on a line of its own. Picklable and safe to share between threads, see
+    `SpanIndex`.
 
     Args:
         path: the file, local or remote.
@@ -50,23 +51,21 @@ class JsonList:
         record = parse_json(self._spans.read(row, where), where)
         if not isinstance(record, dict) or not isinstance(record.get('conversations'), list):
             return record
-        turns = [_turn(turn) for turn in record['conversations']]
+        moves = bool(record.get('image'))
+        turns = [_turn(turn, moves) for turn in record['conversations']]
         if turns and isinstance(turns[0], dict) and turns[0].get('from') == 'gpt':
             turns = turns[1:]
-        image = record.get('image')
-        frames = {} if not image else {'frames': image if isinstance(image, list) else [image]}
-        rest = {key: value for key, value in record.items() if key not in ('image', 'conversations')}
-        return {**rest, **frames, 'conversations': turns}
+        return {**record, 'conversations': turns}
 
 
-def _turn(turn: Any) -> Any:
+def _turn(turn: Any, moves: bool) -> Any:
     if not isinstance(turn, dict) or not {'from', 'form'} & set(turn):
         return turn
     role, value = turn.get('from'), turn.get('value')
     if role is None:
         role = turn.get('form')
         role = ROLES.get(role, role) if isinstance(role, str) else role  # a malformed one may be no key
-    if role == 'human' and isinstance(value, str) and value.count(IMAGE) == 1:
+    if moves and role == 'human' and isinstance(value, str) and value.count(IMAGE) == 1:
         value = f'{IMAGE}\n{value.replace(IMAGE, "").strip()}'.strip()
     rest = {key: part for key, part in turn.items() if key not in ('from', 'form', 'value')}
     return {'from': role, **({'value': value} if 'value' in turn else {}), **rest}

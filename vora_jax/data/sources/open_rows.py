@@ -63,6 +63,8 @@ def _open_json(path: str, cache: str) -> Rows:
     packed = find_compression(start)
     if packed:
         raise UserError(f'{path} is compressed with {packed}, which cannot be read at any place; unpack it.')
+    if start[:2] in (b'\xff\xfe', b'\xfe\xff'):
+        raise UserError(f'{path} is text in UTF-16; save it as UTF-8.')
     if b'\0' in start.partition(b'\n')[0]:  # further rows may be damaged: they are left out one by one
         raise UserError(f'{path} is neither text nor Parquet nor tar; name a .json, .jsonl, .parquet or .tar file, or a '
                         'folder made by `vora prepare`.')

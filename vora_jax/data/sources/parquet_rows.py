@@ -148,7 +148,7 @@ def _as_record(row: dict[str, Any], where: str) -> dict[str, Any]:
         if isinstance(record.get(key), str):
             record[key] = parse_json(record[key].encode(errors='surrogatepass'), f'{where} {key}')
     caption = captions.find_caption(record)
-    return record if caption is None else captions.with_turns(record, caption)
+    return record if caption is None else captions.with_turns(record, caption, where)
 
 
 def _plain(value: Any, where: str, numbers: Iterator[int]) -> Any:

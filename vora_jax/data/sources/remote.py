@@ -3,9 +3,12 @@
 The one place that imports it; it is an optional extra.
 """
 import contextlib
+import logging
 from typing import Any, Iterator
 
 from vora_jax.types import UserError
+
+logging.getLogger('gcsfs').setLevel(logging.CRITICAL)  # it logs a traceback of all that it raises
 
 
 def is_remote(path: str) -> bool:
@@ -29,9 +32,16 @@ def file_system(path: str) -> tuple[Any, str]:
 
 @contextlib.contextmanager
 def as_os_error(path: str) -> Iterator[None]:
-    """Stores raise exceptions of their own, which pass for programming mistakes; OSErrors stay as they are."""
+    """Stores raise exceptions of their own, which pass for programming mistakes; OSErrors stay as they are.
+
+    But a file whose server gives no answer, which fsspec calls missing, is not: nobody knows.
+    """
     try:
         yield
+    except FileNotFoundError as error:
+        if error.__cause__ is None or isinstance(error.__cause__, FileNotFoundError):
+            raise
+        raise OSError(f'{path}: {error.__cause__}') from error
     except (OSError, UserError):
         raise
     except Exception as error:
@@ -41,3 +51,10 @@ def as_os_error(path: str) -> Iterator[None]:
 def reason(error: Exception) -> str:
     """Why a file could not be read, without its name."""
     return getattr(error, 'strerror', None) or str(error) or type(error).__name__
+
+
+def folder_of(path: str) -> str:
+    """The folder of a file, of any kind of path; '' for a bare name, and `memory://` for `memory://rows.jsonl`."""
+    store, mark, name = path.rpartition('://')
+    folder, slash, _ = name.rpartition('/')
+    return store + mark + (folder or slash)

@@ -47,11 +47,11 @@ class TarIndex(NamedTuple):
         return self.keys[start:self.key_stops[sample]].tobytes().decode(errors='surrogateescape')
 
     def members(self, sample: int) -> list[Member]:
-        """The sample's members by their endings, which stand for their names; 2.jpg comes before 10.jpg."""
+        """The sample's members by their endings, which stand for their names: jpg, 2.jpg, 10.jpg, left.jpg."""
         start, stop = int(self.stops[sample - 1]) if sample else 0, int(self.stops[sample])
         found = [Member(str(self.names[self.endings[at]]), int(self.offsets[at]), int(self.sizes[at]))
                  for at in range(start, stop)]
-        return sorted(found, key=lambda member: _natural(member.name))
+        return sorted(found, key=lambda member: (_natural(member.name.rpartition('.')[0]), member.name))
 
 
 def index_tar(path: str, cache: str = '') -> TarIndex:

@@ -20,7 +20,8 @@ from vora_jax.data.sources.tar_index import index_tar
 from vora_jax.data.sources.tar_members import Member
 from vora_jax.types import UserError
 
-ENDINGS = ('jpg', 'jpeg', 'png', 'webp', 'gif', 'bmp', 'tif', 'tiff', 'ppm')
+ENDINGS = ('jpg', 'jpeg', 'jfif', 'png', 'webp', 'gif', 'bmp', 'tif', 'tiff', 'ppm', 'avif', 'jp2',
+           'heic')  # told as what cannot be read
 CAPTIONS = ('txt', 'caption')
 _MAX_TEXT = 1 << 28
 _OPEN_FILES = 64
@@ -32,7 +33,7 @@ class TarRows:
 
     Members whose names are equal up to the first dot of the base name are a sample, wherever in the tar they are: `.json` is
     the record, and where it has no turns, or where there is none, `.txt` or `.caption`, else its key `caption` or `text`,
-    is the caption of the pictures. Pictures are the members that end as one (`a.jpg`, `a.left.png`, `a.2.jpg`, `a.10.jpg`,
+    is the caption of the pictures. Pictures are the members that end as one (`a.jpg`, `a.2.jpg`, `a.10.jpg`, `a.left.png`,
     in this order), or those that the record names; a record of a sample without pictures names files under the image root.
     Other members are left alone.
 
@@ -84,7 +85,7 @@ class TarRows:
             frames = [Frame(f'{file.path}/{name}', functools.partial(_open_member, file, pictures[name])) for name in names]
             record = {**{name: value for name, value in record.items() if name not in captions.PICTURES}, kind: frames}
         if all(record.get(turns) is None for turns in captions.TURNS):
-            record = captions.with_turns(record, _read_caption(file, record, by_ending, where))
+            record = captions.with_turns(record, _read_caption(file, record, by_ending, where), where)
         return {'id': key, **record}
 
     def _find(self, row: int) -> tuple[int, int]:
