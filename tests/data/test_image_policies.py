@@ -55,6 +55,9 @@ def test_fit_grid_keeps_the_limits_and_exact_sizes():
 def test_patch_order_is_row_column_channel():
     pixels = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
     patches = patchify(pixels, 2)
+    floats = patchify(pixels.astype(np.float32), 2)
+    assert floats.dtype == np.float32
+    np.testing.assert_array_equal(floats, patches)
     assert patches.shape == (6, 12)
     for number in range(6):
         row, col = divmod(number, 3)

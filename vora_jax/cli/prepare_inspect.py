@@ -54,4 +54,4 @@ def _draw(pictures: list[np.ndarray], owners: dict[int, int], path: str) -> None
         contact_sheet(pictures, captions).save(path)
     except (OSError, ValueError) as error:
         raise UserError(f'--draw {path} cannot be written ({error}); give the name of a .png file.') from error
-    print(f'\n{len(pictures)} pictures: {path}')
+    print(f'\n{len(pictures)} picture{"s" * (len(pictures) != 1)}: {path}')

@@ -99,11 +99,12 @@ def patchify(pixels: Array, patch_size: int) -> Array:
     """Patches in reading order, each in (row, column, channel) order.
 
     Args:
-        pixels: u8[rows * patch_size, cols * patch_size, 3].
+        pixels: u8|f32[rows * patch_size, cols * patch_size, 3].
     Returns:
-        u8[rows * cols, patch_size * patch_size * 3].
+        u8|f32[rows * cols, patch_size * patch_size * 3].
     """
     rows, cols = pixels.shape[0] // patch_size, pixels.shape[1] // patch_size
     # A line of a patch moves as one item: NumPy copies few large items faster than many bytes.
-    lines = np.ascontiguousarray(pixels).reshape(rows, patch_size, cols, -1).view(f'V{patch_size * 3}')[..., 0]
-    return np.ascontiguousarray(lines.transpose(0, 2, 1)).view(np.uint8).reshape(rows * cols, -1)
+    line = f'V{patch_size * 3 * pixels.itemsize}'
+    lines = np.ascontiguousarray(pixels).reshape(rows, patch_size, cols, -1).view(line)[..., 0]
+    return np.ascontiguousarray(lines.transpose(0, 2, 1)).view(pixels.dtype).reshape(rows * cols, -1)
