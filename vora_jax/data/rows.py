@@ -6,7 +6,7 @@ import numpy as np
 from vora_jax.batch import Batch
 from vora_jax.data.epochs import Epochs, Padding
 from vora_jax.data.lengths import Lengths, too_long
-from vora_jax.data.packing import layout, stack
+from vora_jax.data.packing import Picture, Text, layout, stack
 from vora_jax.data.quarantine import Quarantine
 from vora_jax.data.samples import Samples
 from vora_jax.types import Array, UserError
@@ -16,7 +16,7 @@ PATCH_MARGIN = 1.08  # patches vary from row to row: what packing needs beyond t
 
 
 class Rows:
-    """The rows of all epochs by number, endless: a random-access source for grain. A row is a pure function of its number.
+    """The rows of all epochs by number, endless. A row is a pure function of its number.
 
     A sample that cannot be used leaves its slots empty, is counted in `Batch.tally` and named in the quarantine; none is put
     in its place. Picklable and safe between threads.
@@ -89,33 +89,36 @@ class Rows:
         rows = [self._lay_out(first + number, pixels[number]) for number in range(count)]
         return stack(rows, pixels if budgets.patch_dim else None)
 
-    def __getitem__(self, number: int) -> Batch:
-        return self._lay_out(number)
-
-    def _lay_out(self, number: int, pixels: Array | None = None) -> Batch:
+    def _lay_out(self, number: int, pixels: Array | None) -> Batch:
         segments, tally = [], np.zeros((len(self._samples.sizes), 3), np.int32)
         for sample in self._epochs[number].tolist():
-            at = self._samples.find(sample)
-            *planned, turns, dropped = self._epochs.lengths[sample].tolist()
-            try:
-                if not turns or sample in self._failed:
-                    raise UserError('')
-                segment, size = self._samples.segment(sample, turns)
-                if size != tuple(planned):
-                    raise UserError(f'{at.where}: its (slots, patches, images) are {size} and were {tuple(planned)} when '
-                                    'it was measured; restore the pictures, or remove the index (the folder Data.cache, or '
-                                    'data in the workdir) and start anew.')
-            except UserError as error:
-                if str(error):
-                    self._failed.add(sample)
-                    self._note(sample, str(error))
-                    if self._judges:
-                        self._check_limit(str(error))
-                tally[at.source, 1] += 1
-                continue
-            segments.append(segment)
-            tally[at.source] += 1, 0, dropped
+            source, dropped = self._samples.find(sample).source, self._epochs.lengths[sample, 4]
+            segment = self._segment(sample)
+            if segment is None:
+                tally[source, 1] += 1
+            else:
+                segments.append(segment)
+                tally[source] += 1, 0, dropped
         return layout(segments, self._samples.budgets, tally, self._samples.rule, pixels)
+
+    def _segment(self, sample: int) -> list[Text | Picture] | None:
+        """The sample as it was planned; None if it cannot be used."""
+        *planned, turns, _ = self._epochs.lengths[sample].tolist()
+        if not turns or sample in self._failed:
+            return None
+        try:
+            segment, size = self._samples.segment(sample, turns)
+            if size != tuple(planned):
+                raise UserError(f'{self._samples.find(sample).where}: its (slots, patches, images) are {size} and were '
+                                f'{tuple(planned)} when it was measured; restore the pictures, or remove the index (the '
+                                'folder Data.cache, or data in the workdir) and start anew.')
+        except UserError as error:
+            self._failed.add(sample)
+            self._note(sample, str(error))
+            if self._judges:
+                self._check_limit(str(error))
+            return None
+        return segment
 
     def _note(self, sample: int, reason: str) -> None:
         at = self._samples.find(sample)

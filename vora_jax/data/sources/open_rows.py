@@ -7,12 +7,12 @@ from vora_jax.data.sources.compression import find_compression
 from vora_jax.data.sources.json_lines import JsonLines
 from vora_jax.data.sources.json_list import JsonList
 from vora_jax.data.sources.parquet_rows import ParquetRows
+from vora_jax.data.sources.prepared_rows import MANIFEST, VERSION, PreparedRows
 from vora_jax.data.sources.remote import reason
 from vora_jax.data.sources.rows import Rows
 from vora_jax.data.sources.tar_rows import TarRows
 from vora_jax.types import UserError
 
-MANIFEST = 'manifest.json'
 _START = 1 << 16
 _TARS = ('.tar', '.tgz', '.tar.gz', '.tar.bz2', '.tar.xz', '.tar.zst')  # it tells that packed ones cannot be read
 _ENDINGS = ('.parquet', '.tar', '.jsonl', '.json')
@@ -81,12 +81,11 @@ def _open_folder(path: str) -> Rows:
     except OSError:
         raise UserError(f'{path} is a folder without {MANIFEST}; {_advice(path)}') from None
     except (ValueError, TypeError, KeyError):
-        version = 2  # damaged: its reader tells
-    if version != 2:
+        version = VERSION  # damaged: its reader tells
+    if version != VERSION:
         raise UserError(f'{path} is a folder of files; {_advice(path)}')
     if files.is_remote(path):
         raise UserError(f'{path}: a prepared folder is read from a local path; mount the bucket, or copy the folder.')
-    from vora_jax.data.sources.prepared_rows import PreparedRows
     return PreparedRows(files.local(path))
 
 
