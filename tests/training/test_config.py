@@ -8,7 +8,8 @@ import tiny_run
 
 from vora_jax.data.config import Data, Source
 from vora_jax.training import sharding
-from vora_jax.training.config import Mesh, Optimizer, Train, differences, first_difference, validate
+from vora_jax.training.config import Mesh, Optimizer, Train, validate
+from vora_jax.training.config_changes import differences, first_difference
 from vora_jax.types import UserError
 
 DATA = Data((Source('rows.jsonl'),), 'tokenizer')

@@ -13,10 +13,9 @@ from vora_jax.bench.data_turns import Cost, Side, take_turns
 from vora_jax.training import sharding, state
 from vora_jax.training.config import Train, validate
 from vora_jax.training.loop import IN_FLIGHT
-from vora_jax.training.optimizer import schedule
 from vora_jax.training.prefetch import Prefetch
+from vora_jax.training.program import build
 from vora_jax.training.run_data import open_data
-from vora_jax.training.step import compile_step, make_step
 
 # Batches that wait on the devices, and how many are read ahead while the program rests: these are used up before each
 # measurement, or a pipeline that is too slow would not show.
@@ -76,21 +75,14 @@ def measure_steps(config: Train, folder: pathlib.Path, steps: int, repeats: int,
 
 def _stepper(config: Train, batch: Batch, mesh: jax.sharding.Mesh) -> Callable[[Iterator[Batch], int], int]:
     """run(batches, count) -> count: so many steps on the next batches, waited for as `training.loop` does."""
-    stage = config.method.stage(config.stage)
-    rows = config.batch_rows // config.accumulation
-    micro = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), batch)
-    plan = state.plan(stage, config.optimizer, micro, mesh, config.frozen_dtype, config.attention)
-    held, frozen = state.create(plan, config.seed, {})
-    one_step = compile_step(
-        make_step(plan.model, plan.optimizer, schedule(config.optimizer), stage.distill_weight, config.accumulation,
-                  config.seed),
-        plan.state_shardings, plan.frozen_shardings, mesh)
+    program = build(config, batch, mesh)
+    held, frozen = state.create(program.plan, config.seed, {})
 
     def run(batches: Iterator[Batch], count: int) -> int:
         nonlocal held
         in_flight = collections.deque()
         for batch in itertools.islice(batches, count):
-            held, metrics = one_step(held, frozen, batch)
+            held, metrics = program.step(held, frozen, batch)
             in_flight.append(metrics['loss'])
             if len(in_flight) > IN_FLIGHT:
                 in_flight.popleft().block_until_ready()

@@ -10,22 +10,21 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from vora_jax.params import count
 from vora_jax.training import checkpoint, init_from, sharding
 from vora_jax.training import state as state_lib
 from vora_jax.training.checkpoint import Record
 from vora_jax.training.checkpoint_writer import Writer
-from vora_jax.training.config import Train, changed_binding, differences, first_difference, validate
+from vora_jax.training.config import Train, validate
 from vora_jax.training.interrupt import stop_request
 from vora_jax.training.losses import BY_SOURCE
 from vora_jax.training.metrics import Log
-from vora_jax.training.optimizer import schedule
 from vora_jax.training.prefetch import Prefetch
+from vora_jax.training.program import build
+from vora_jax.training.resume import check_same_data, check_same_run, find_last, restore_run
 from vora_jax.training.run_data import open_data
-from vora_jax.training.step import compile_step, make_step
-from vora_jax.types import Params, UserError
+from vora_jax.types import UserError
 
 log = logging.getLogger(__name__)
 
@@ -48,15 +47,15 @@ def train(config: Train, config_text: str, workdir: str, parse: Callable[[str], 
         UserError: a value that makes no sense, a workdir of another run, too many bad samples.
     """
     validate(config)
-    folder, stage = pathlib.Path(workdir), config.method.stage(config.stage)
+    folder = pathlib.Path(workdir)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_rows(config, mesh)
     sharding.check_slots(config, mesh)
 
     # 1. What does the workdir hold?
-    record, before = _find_last(folder), None
+    record, before = find_last(folder), None
     if record:
-        before = _check_same_run(record, config, config_text, folder, parse)
+        before = check_same_run(record, config, config_text, folder, parse)
         if record.step >= config.steps:
             log.info('%s is complete: %d of %d steps are done.', folder, record.step, config.steps)
             return True
@@ -64,7 +63,7 @@ def train(config: Train, config_text: str, workdir: str, parse: Callable[[str], 
     # 2. Data, read ahead in a thread.
     data = open_data(config, folder)
     if record:
-        _check_same_data(record, data.manifest, before, config)
+        check_same_data(record, data.manifest, before, config)
         data.set_state(record.data)
     if jax.process_index() == 0:  # only now: a refused run leaves the workdir as it was
         checkpoint.write_config(folder, config_text)
@@ -79,11 +78,10 @@ def train(config: Train, config_text: str, workdir: str, parse: Callable[[str], 
     ):
         # 3. Model, optimizer and weights: restored, or new.
         ready = next(batches)
-        rows = config.batch_rows // config.accumulation
-        micro = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), ready.batch)
-        plan = state_lib.plan(stage, config.optimizer, micro, mesh, config.frozen_dtype, config.attention)
+        program = build(config, ready.batch, mesh)
+        plan = program.plan
         if record:
-            state, frozen = _restore(plan, record, folder)
+            state, frozen = restore_run(plan, record, folder)
             log.info('resuming %s after step %d of %d', folder, record.step, config.steps)
         else:
             state, frozen = state_lib.create(plan, config.seed, init_from.take(config.init_from, plan.params))
@@ -91,23 +89,17 @@ def train(config: Train, config_text: str, workdir: str, parse: Callable[[str], 
         begin = record = dataclasses.replace(record, config_text=config_text)
         num_trainable, num_frozen = count(state.trainable), count(frozen)
         log.info('training %s of %s parameters', f'{num_trainable:,}', f'{num_trainable + num_frozen:,}')
-        told = sharding.language_attention(stage.model, micro, mesh, config.attention)
+        told = sharding.language_attention(plan.model, plan.batch, mesh, config.attention)
         if told:
             log.info('attention: %s', told)
 
         # 4. Steps. Nothing here waits for the devices, except to keep the host from running far ahead of
         # them.
-        rates = schedule(config.optimizer)
-        one_step = compile_step(
-            make_step(plan.model, plan.optimizer, rates, stage.distill_weight, config.accumulation,
-                      config.seed),
-            plan.state_shardings, plan.frozen_shardings, mesh,
-        )
         progress = Log(folder, record.step, config.steps)
         started = time.perf_counter() - record.seconds
         done, pending, in_flight, trouble = record.step, [], collections.deque(), None
         while done < config.steps and not trouble:
-            state, metrics = one_step(state, frozen, ready.batch)
+            state, metrics = program.step(state, frozen, ready.batch)
             done, position = done + 1, ready.position
             pending.append(metrics)
             in_flight.append(metrics['loss'])
@@ -166,58 +158,6 @@ def train(config: Train, config_text: str, workdir: str, parse: Callable[[str], 
 
 def _add(before: list[list[int]], more: list[list[int]]) -> list[list[int]]:
     return (np.array(more) + (np.array(before) if before else 0)).tolist()
-
-
-def _find_last(folder: pathlib.Path) -> Record | None:
-    """The record of the latest good step; the first process looks, all agree."""
-    step = checkpoint.latest_step(folder) if jax.process_index() == 0 else None
-    if jax.process_count() > 1:
-        step = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if step is None else step)))
-        step = None if step < 0 else step
-    if step is None:
-        return None
-    record = checkpoint.read_record(checkpoint.step_folder(folder, step))
-    if record.origin != 'train':
-        raise UserError(f'{folder} holds the result of {record.origin}; give a new --workdir, and '
-                        f'--init-from {folder} to start from it.')
-    return record
-
-
-def _check_same_run(record: Record, config: Train, config_text: str, folder: pathlib.Path, parse: Callable) -> Train:
-    """The configuration that wrote the record; UserError unless `config` continues its run."""
-    before = parse(record.config_text)
-    other = first_difference(before, config)
-    if other:
-        told = changed_binding(record.config_text, config_text) or (other.path, repr(other.old), repr(other.new))
-        raise UserError('{} holds another run: {} was {} there and is {} now; set it back, or give a new '
-                        '--workdir.'.format(folder, *told))
-    for change in differences(before, config):
-        log.info('changed since the last checkpoint: %s from %r to %r', change.path, change.old, change.new)
-    return before
-
-
-def _check_same_data(record: Record, manifest: str, before: Train, config: Train) -> None:
-    """UserError unless the data's content is what the run was started with."""
-    if record.manifest == manifest:
-        return
-    moved = [change for change in differences(before.data, config.data, 'Train.data') if change.free]
-    told = 'the files of Train.data changed'
-    if moved:
-        told = f'{moved[0].path} was {moved[0].old!r} and is {moved[0].new!r}'
-    raise UserError(f'{told}, and the content of samples or tokenizer is not what the run was started with (or another '
-                    'version of vora packed them); restore it, or give a new --workdir.')
-
-
-def _restore(plan: state_lib.Plan, record: Record, folder: pathlib.Path) -> tuple[state_lib.State, Params]:
-    shapes = {'trainable': plan.state.trainable, 'optimizer': plan.state.opt_state}
-    parts = checkpoint.restore(checkpoint.step_folder(folder, record.step), shapes)
-    step = jax.jit(lambda: np.int32(record.step), out_shardings=plan.state.step.sharding)()
-    frozen: Params = {}
-    if record.frozen:
-        source = checkpoint.frozen_folder(folder, record.frozen)
-        checkpoint.raise_if_damaged(source)
-        frozen = checkpoint.restore(source, {'frozen': plan.frozen})['frozen']
-    return state_lib.State(step, parts['trainable'], parts['optimizer']), frozen
 
 
 def _too_many_bad(record: Record, begin: Record, max_bad_fraction: float, num_samples: int) -> UserError | None:
