@@ -24,13 +24,13 @@ ROWS = (
     ('vision', 'llm'),
     ('model', 'distill'),
     ('variants', 'params', 'merge'),
-    ('data', 'convert', 'training', 'evaluation', 'bench'),
+    ('data', 'convert', 'training', 'evaluation', 'bench', 'planning'),
     ('cli',),
 )
 ROW = {unit: number for number, row in enumerate(ROWS) for unit in row}
 # Inside row 6 the neighbours are named, and data/ sees little of what is above.
 NEIGHBOURS = {'data': (), 'convert': (), 'training': ('data',), 'evaluation': ('data', 'training'),
-              'bench': ('data',)}
+              'bench': ('data',), 'planning': ('data', 'training')}
 DATA_SEES = ('data', 'batch', 'types', 'method')
 
 HOST_ONLY = ('data', 'batch', 'types', 'method')

@@ -19,6 +19,8 @@ from vora_jax.llm.decoder import LanguageModel
 from vora_jax.method import Method, Stage
 from vora_jax.training import sharding, state
 from vora_jax.training.config import Mesh, Optimizer
+from vora_jax.training.program import placed
+from vora_jax.training.row_shards import row_shard
 from vora_jax.training.step import compile_step, make_step
 from vora_jax.vision.patch_embed import PatchEmbed
 from vora_jax.vision.vit import Vit
@@ -47,31 +49,40 @@ def start(
     optimizer: optax.GradientTransformation | None = None,
     rate: float = 1e-2,
 ):
-    """(plan, state, frozen, step) of a stage on a mesh of these sizes (data, fsdp, tensor and, where not 1, context), with
+    """(plan, state, frozen, step) of a stage on a mesh of these sizes (data, fsdp, tensor and, where not usual, context, gather), with
     random parameters: no adapter is zero.
 
     With `optimizer` (of gradients alone, such as `optax.sgd(1.0)`) the change of the parameters shows the
     gradients.
     """
-    mesh = sharding.make_mesh(Mesh(*sizes), jax.devices()[: math.prod(sizes)])
+    config = Mesh(*sizes)
+    mesh = sharding.make_mesh(config, jax.devices()[: math.prod(sizes[:4])])
     micro = jax.tree.map(lambda x: x[: x.shape[0] // accumulation], on)
     with sharding.use(mesh):
-        plan = state.plan(stage, Optimizer(rate), micro, mesh, 'float32')
+        plan = state.plan(stage, Optimizer(rate), micro, mesh, 'float32', how=config.gather)
         new, frozen = state.create(plan, seed, _random(plan.params))
         if optimizer is not None:
             plan = dataclasses.replace(plan, optimizer=optimizer)
             new = new._replace(opt_state=optimizer.init(new.trainable))
         rates = optax.constant_schedule(rate)
-        one = make_step(plan.model, plan.optimizer, rates, stage.distill_weight, accumulation, seed)
+        one = make_step(plan.model, plan.optimizer, rates, stage.distill_weight, accumulation, seed,
+                        in_shards=functools.partial(placed, plan=plan, mesh=mesh, how=config.gather))
         places = jax.tree.map(lambda x: x.sharding, new)
-        values = sharding.to_device(on, sharding.rows(mesh))
+        values = _own_rows(on, mesh)
         lowered = compile_step(one, places, plan.frozen_shardings, mesh).lower(new, frozen, values)
         compiled = lowered.compile({'xla_backend_optimization_level': 0})  # they run a few times only
 
     def step(now, frozen, values):
-        return compiled(now, frozen, sharding.to_device(values, sharding.rows(mesh)))
+        return compiled(now, frozen, _own_rows(values, mesh))
 
     return plan, new, frozen, step
+
+
+def _own_rows(on: Batch, mesh: jax.sharding.Mesh) -> Batch:
+    """A global batch on the devices, of which each process gives the rows it would read."""
+    index, count = row_shard(mesh)
+    size = len(on.tokens) // count
+    return sharding.to_device(jax.tree.map(lambda x: x[index * size:(index + 1) * size], on), sharding.rows(mesh))
 
 
 def _random(shapes):

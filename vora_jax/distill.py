@@ -48,8 +48,12 @@ class DistillHead(nn.Module):
     epsilon: float
 
     @nn.compact
-    def __call__(self, entering, leaving, target, vision_slot):
-        """entering, leaving: f[B, S, D];  target: f[B, Q, C];  vision_slot: i32[B, Q], -1 where there is no token."""
+    def __call__(self, entering, leaving, features, tokens):
+        """entering, leaving: f[B, S, D];  features: f[B, P, C] of the teacher;  tokens: i32[B, Q] twice, each vision token's
+        slot, -1 where there is no token, and the patch that feeds it."""
+        vision_slot, vision_source = tokens
+        # Here and not for all layers at once: that would be a second stack of features.
+        target = jnp.take_along_axis(features, vision_source[..., None], axis=1)
         state = entering if self.pairing == 'input_to_output' else leaving
         state = jnp.take_along_axis(state, jnp.maximum(vision_slot, 0)[..., None], axis=1)
         state = RMSNorm(self.epsilon, name='norm')(state)

@@ -11,7 +11,7 @@ from vora_jax.batch import Batch, Output
 from vora_jax.distill import Distillation, DistillHead
 from vora_jax.llm.decoder import Decoder, LanguageModel, unembedding
 from vora_jax.nn.slots import SlotContext, vision_slots, vision_token
-from vora_jax.nn.stack import LayerGroup
+from vora_jax.nn.stack import Gather, LayerGroup
 from vora_jax.ops.attention import attention
 from vora_jax.types import ROUTE, Array, Params
 from vora_jax.vision.encoder_frontend import EncoderFrontend
@@ -27,6 +27,7 @@ class VisionLanguageModel(nn.Module):
     distillation: heads and teacher of the training stage that has them.
     route_token: ROUTE slots hold a learned vector, one for segments without pictures and one for those with some.
     attend: attention function; `training.sharding` gives a sharded one.
+    gather: makes parameters whole where they are used, see `Stack`.
     """
 
     llm: LanguageModel
@@ -35,6 +36,7 @@ class VisionLanguageModel(nn.Module):
     distillation: Distillation | None = None
     route_token: bool = False
     attend: Callable = attention
+    gather: Gather | None = None
     deterministic: bool = True
 
     def setup(self):
@@ -47,13 +49,13 @@ class VisionLanguageModel(nn.Module):
                                  f'{distillation.layers}.')
             side = functools.partial(DistillHead, distillation.teacher.width, distillation.pairing,
                                      distillation.head_eps, name='side')
-            self.teacher = VisionTransformer(distillation.teacher, self.attend, dtype=self.llm.dtype)
+            self.teacher = VisionTransformer(distillation.teacher, self.attend, self.gather, self.llm.dtype)
         if self.vision is not None:
-            self.frontend = self.vision.module(self.llm.width, self.attend, self.llm.dtype, self.deterministic)
+            self.frontend = self.vision.module(self.llm.width, self.attend, self.llm.dtype, self.deterministic, self.gather)
         if self.route_token:
             init = nn.with_logical_partitioning(nn.initializers.normal(1.0), (None, 'embed'))
             self.modality_embedding = self.param('modality_embedding', init, (2, self.llm.width), jnp.float32)
-        self.decoder = Decoder(self.llm, self.groups, side, self.attend, self.deterministic)
+        self.decoder = Decoder(self.llm, self.groups, side, self.attend, self.gather, self.deterministic)
 
     @property
     def vocab_size(self) -> int:
@@ -68,7 +70,8 @@ class VisionLanguageModel(nn.Module):
         features = None
         if self.distillation is not None:
             features = self._teacher_features(batch)
-        hidden, _, side = self.decoder(self.embed(batch, adapters_on), batch.positions, context, None, features, vision_slot)
+        hidden, _, side = self.decoder(self.embed(batch, adapters_on), batch.positions, context, None, features,
+                                       (vision_slot, batch.vision_source))
         distill_sum = jnp.zeros((0,), jnp.float32) if side is None else side
         return Output(hidden, distill_sum, jnp.sum(vision_slot >= 0).astype(jnp.float32))
 
@@ -95,10 +98,9 @@ class VisionLanguageModel(nn.Module):
         return self.decoder.embed(tokens)
 
     def _teacher_features(self, batch: Batch) -> jax.Array:
-        """f[L_distilled, B, Q, C]: the teacher's block outputs at the patches that feed the vision tokens."""
-        blocks = self.teacher(batch.patches).blocks
-        blocks = jax.lax.stop_gradient(blocks[jnp.asarray(self.distillation.blocks)])
-        return jnp.take_along_axis(blocks, batch.vision_source[None, ..., None], axis=2)
+        """f[L_distilled, B, P, C]: outputs of the teacher's blocks that have a layer to teach."""
+        blocks, taught = jax.lax.stop_gradient(self.teacher(batch.patches).blocks), self.distillation.blocks
+        return blocks if taught == tuple(range(len(blocks))) else blocks[jnp.asarray(taught)]
 
     def unembedding(self, params: Params) -> jax.Array:
         """f32[D, V]: the head's kernel, from the model's full parameters."""

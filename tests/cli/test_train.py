@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import tiny_run
 
-from vora_jax.training import checkpoint, record
+from vora_jax.training import checkpoint, init_from, record
+from vora_jax.training import workdir as folders
 from vora_jax.training.checksum import SIDECAR
 
 STEPS, EVERY = 240, 40
@@ -55,7 +56,7 @@ def gin_file(tmp_path_factory):
 
 def all_arrays(workdir: pathlib.Path) -> dict[str, bytes]:
     """Every array of the last step, trainable and optimizer, as bytes."""
-    folder = checkpoint.step_folder(workdir, checkpoint.latest_step(workdir))
+    folder = folders.step_folder(workdir, folders.latest_step(workdir))
     arrays = {}
     for part in ('trainable', 'optimizer'):
         loaded = checkpoint.load_as_numpy(folder, part)
@@ -65,6 +66,10 @@ def all_arrays(workdir: pathlib.Path) -> dict[str, bytes]:
     return arrays
 
 
+def unfinished(given: str) -> str:
+    return init_from.unfinished(given, checkpoint.open_checkpoint(given))
+
+
 def test_killed_and_interrupted_runs_end_bit_for_bit_like_a_whole_one(gin_file, tmp_path):
     whole, broken = tmp_path / 'whole', tmp_path / 'broken'
 
@@ -72,7 +77,7 @@ def test_killed_and_interrupted_runs_end_bit_for_bit_like_a_whole_one(gin_file, 
     wait_for(broken / 'steps' / str(EVERY) / SIDECAR, process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    reached = checkpoint.latest_step(broken)
+    reached = folders.latest_step(broken)
     assert EVERY <= reached < STEPS
 
     process = start(command(gin_file, broken))
@@ -81,15 +86,25 @@ def test_killed_and_interrupted_runs_end_bit_for_bit_like_a_whole_one(gin_file, 
     told = process.communicate()[0]
     assert process.returncode == 130 and 'run the same command to resume' in told, told
     assert f'after step {reached} of {STEPS}' in told
-    assert reached + EVERY <= checkpoint.latest_step(broken) < STEPS
+    stopped = folders.latest_step(broken)
+    assert reached + EVERY <= stopped < STEPS
+    assert f'is at step {stopped} of {STEPS}: its training was stopped' in unfinished(str(broken))
+    assert not unfinished(f'{broken}/steps/{stopped}')  # on purpose
+
+    process = start(command(gin_file, broken))
+    wait_for(broken / 'steps' / str(stopped // EVERY * EVERY + EVERY) / SIDECAR, process)
+    process.send_signal(signal.SIGTERM)
+    told = process.communicate()[0]
+    assert process.returncode == 0 and f'of {STEPS} is saved; run the same command to resume' in told, told
 
     for workdir in (broken, whole):
         process = start(command(gin_file, workdir))
         told = process.communicate()[0]
         assert process.returncode == 0, told
-    assert checkpoint.latest_step(broken) == checkpoint.latest_step(whole) == STEPS
+    assert folders.latest_step(broken) == folders.latest_step(whole) == STEPS
     assert all_arrays(broken) == all_arrays(whole)
-    ends = [record.read_record(checkpoint.step_folder(w, STEPS)) for w in (broken, whole)]
+    assert not unfinished(str(whole))
+    ends = [record.read_record(folders.step_folder(w, STEPS)) for w in (broken, whole)]
     assert ends[0].data == ends[1].data and ends[0].num_samples == ends[1].num_samples
     rows = [
         [json.loads(line) for line in (w / 'metrics.jsonl').read_text().splitlines()] for w in (broken, whole)

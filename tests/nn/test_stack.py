@@ -1,5 +1,6 @@
 """Layer groups: grouping, order, rematerialisation."""
 import dataclasses
+import itertools
 
 import jax
 import numpy as np
@@ -8,6 +9,7 @@ from tiny_model import SHORT, apply, batch, gradients, quick_jit, random_params,
 
 from vora_jax.nn.adapters import LowRank
 from vora_jax.nn.norms import RMSNorm
+from vora_jax.nn.remat import ADDED, kept
 from vora_jax.nn.stack import LayerGroup, join_groups
 from vora_jax.params import flatten, regroup, unflatten
 
@@ -53,18 +55,35 @@ def test_layers_run_in_order():
     assert np.abs(hidden[1] - hidden[2]).max() > 0.1
 
 
-def test_rematerialisation_changes_neither_loss_nor_gradients():
+@pytest.fixture(scope='module')
+def kept_all():
+    return loss_and_gradients('none')
+
+
+def loss_and_gradients(remat):
     example = batch()
-    results = []
-    for remat in ('none', 'full'):
-        model = vora(llm=dataclasses.replace(SHORT, remat=remat)).stage('pretrain').model
-        one = np.float32(1)
-        results.append(gradients(model)(random_params(model, example), example, one, one))
-    (value, computed), (other, recomputed) = results
+    model = vora(llm=dataclasses.replace(SHORT, remat=remat)).stage('pretrain').model
+    one = np.float32(1)
+    return gradients(model)(random_params(model, example), example, one, one)
+
+
+SLOW = ('attention', 'adapters', 'no_mlp')  # between the other two
+
+
+@pytest.mark.parametrize('remat', [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in ADDED])
+def test_rematerialisation_changes_neither_loss_nor_gradients(remat, kept_all):
+    (value, computed), (other, recomputed) = kept_all, loss_and_gradients(remat)
     np.testing.assert_allclose(value, other, rtol=1e-6)
     for path, gradient in flatten(computed).items():
         limit = 1e-6 * max(1.0, float(np.abs(gradient).max()))
         np.testing.assert_allclose(gradient, flatten(recomputed)[path], rtol=0, atol=limit, err_msg=path)
+
+
+def test_each_policy_keeps_what_the_ones_before_it_keep():
+    assert kept('full') == () and kept('adapters') == ('attention_out', 'attention_log_sum', 'low_rank')
+    policies = list(ADDED)
+    for less, more in itertools.pairwise(policies):
+        assert set(kept(less)) < set(kept(more))
 
 
 @pytest.mark.parametrize('dtype', [np.float32, 'bfloat16'])

@@ -2,11 +2,16 @@
 
 import errno
 import logging
+import math
 import os
+import resource
+import shutil
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from vora_jax.params import flatten
@@ -22,8 +27,8 @@ def weights(step):
     return {'adapter': {'a': jnp.full((300,), step, jnp.float32)}, 'norm': jnp.full((2,), step, jnp.float32)}
 
 
-def save(workdir, *steps, keep_last=10):
-    writer = checkpoint_writer.Writer(workdir, keep_last)
+def save(workdir, *steps, keep_last=10, keep_every=0):
+    writer = checkpoint_writer.Writer(workdir, keep_last, keep_every)
     content = writer.save_frozen(FROZEN)
     for step in steps:
         record = Record(step, f'text {step}', content, data={'position': step})
@@ -58,6 +63,44 @@ def test_only_the_last_steps_stay(tmp_path):
     assert len(list((tmp_path / 'frozen').iterdir())) == 1
 
 
+def test_multiples_stay_beside_the_last_steps(tmp_path):
+    save(tmp_path, *range(1, 9), keep_last=1, keep_every=3)
+    assert checkpoint.step_numbers(tmp_path, committed=False) == [3, 6, 8]
+
+
+def test_the_step_resumed_from_stays_until_a_newer_one_is_committed(tmp_path, monkeypatch):
+    save(tmp_path, 5, 8)
+    flip_a_byte(tmp_path / 'steps' / '8')
+    commit, there = checksum.commit, []
+
+    def committed(folder):
+        there.append(checkpoint.step_numbers(tmp_path))
+        commit(folder)
+
+    monkeypatch.setattr(checksum, 'commit', committed)
+    save(tmp_path, 6, 8, keep_last=1)  # resumed after step 5: the damaged step 8 does not count, and is replaced
+    assert there == [[5, 8], [6]]
+    assert checkpoint.step_numbers(tmp_path) == [8] and checkpoint.open_checkpoint(tmp_path).step == 8
+
+
+@pytest.mark.parametrize('damage', ['truncated', 'missing', 'empty sidecar', 'cut sidecar', 'no dictionary'])
+def test_other_damage_falls_back_too(tmp_path, caplog, damage):
+    save(tmp_path, 1, 2)
+    folder = tmp_path / 'steps' / '2'
+    sidecar, files = folder / checksum.SIDECAR, sorted((folder / 'optimizer').rglob('d/*'))
+    text = {'empty sidecar': '{}', 'cut sidecar': sidecar.read_text()[:-9], 'no dictionary': '[1]'}.get(damage)
+    if text:
+        sidecar.write_text(text)
+    elif damage == 'truncated':
+        files[0].write_bytes(files[0].read_bytes()[:-1])
+    else:
+        files[-1].unlink()
+    (tmp_path / 'steps' / '3').mkdir()  # what a killed process left besides
+    with caplog.at_level(logging.WARNING):
+        assert checkpoint.open_checkpoint(tmp_path).step == 1
+    assert 'DAMAGED' in caplog.text and 'steps/3 was not finished' in caplog.text
+
+
 def test_a_flipped_byte_falls_back_to_the_previous_step(tmp_path, caplog):
     save(tmp_path, 1, 2)
     flip_a_byte(tmp_path / 'steps' / '2')
@@ -83,11 +126,18 @@ def test_a_step_without_its_checksum_file_does_not_count(tmp_path, caplog):
     assert checkpoint.latest_step(tmp_path) == 2
 
 
-def test_damaged_frozen_weights_are_told(tmp_path):
-    save(tmp_path, 1)
-    flip_a_byte(next((tmp_path / 'frozen').iterdir()))
-    with pytest.raises(UserError, match='frozen/.* is damaged'):
-        checkpoint.open_checkpoint(tmp_path)
+def test_damaged_frozen_weights_can_be_made_again(tmp_path):
+    save(tmp_path / 'a', 1)
+    folder = next((tmp_path / 'a/frozen').iterdir())
+    flip_a_byte(folder)
+    with pytest.raises(UserError, match='frozen/.* is damaged.*make it again: train one step of the same config'):
+        checkpoint.open_checkpoint(tmp_path / 'a')
+    shutil.rmtree(folder)
+    with pytest.raises(UserError, match='frozen/.* are missing; copy .*another --workdir and copy it from there'):
+        checkpoint.open_checkpoint(tmp_path / 'a')
+    save(tmp_path / 'b', 1)
+    shutil.copytree(tmp_path / 'b/frozen' / folder.name, folder)
+    assert checkpoint.open_checkpoint(tmp_path / 'a').step == 1
 
 
 def test_a_failed_save_is_raised_by_the_next_call(tmp_path, monkeypatch):
@@ -97,10 +147,61 @@ def test_a_failed_save_is_raised_by_the_next_call(tmp_path, monkeypatch):
     writer = checkpoint_writer.Writer(tmp_path, 2)
     monkeypatch.setattr(checksum, 'commit', full)
     writer.save(Record(1, ''), weights(1), {'count': jnp.int32(1)})
-    with pytest.raises(OSError, match='steps/1 could not be written: no space left'):
+    with pytest.raises(UserError, match='steps/1 could not be written: the disk is full; free some space and run'):
         writer.wait()
     writer.check()  # told once
     assert checkpoint.latest_step(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    'spoil, words', [
+        (lambda folder: (folder / 'steps').rmdir() or (folder / 'steps').write_text(''), 'its folder vanished; bring it'),
+        (lambda folder: resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, -1)), 'the disk is full; free some space'),
+    ]
+)
+def test_a_disk_that_fails_ends_the_run_with_a_sentence(tmp_path, spoil, words):
+    writer, limit = checkpoint_writer.Writer(tmp_path, 2), resource.getrlimit(resource.RLIMIT_FSIZE)
+    big = {'x': jax.random.normal(jax.random.key(0), (100_000,))}
+    try:
+        spoil(tmp_path)
+        with pytest.raises(UserError, match=f'steps/4 could not be written: {words}.* and run the same command'):
+            writer.save(Record(4, ''), big, {'count': jnp.int32(1)})
+            deadline = time.monotonic() + 60
+            while time.monotonic() < deadline:  # as the loop does after each step
+                writer.check()
+                time.sleep(0.01)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert checkpoint.step_numbers(tmp_path) == []
+
+
+@pytest.mark.parametrize('shape, axes', [((2, 4), ('x', 'y')), ((1, 1), ('x', 'y')), ((8, 1), (None, 'x'))])
+def test_another_mesh_restores_the_same_bits(tmp_path, shape, axes):
+    """From 8 shards of the first dimension, weights and optimizer alike."""
+    def place(shape, axes):
+        devices = np.array(jax.devices()[: math.prod(shape)]).reshape(shape)
+        return jax.sharding.NamedSharding(jax.sharding.Mesh(devices, ('x', 'y')), jax.sharding.PartitionSpec(*axes))
+
+    rng = np.random.default_rng()
+    values = {'kernel': rng.normal(size=(16, 24)).astype(np.float32),
+              'half': rng.normal(size=(8, 8)).astype(jnp.bfloat16)}
+    state = optax.adamw(1e-3).init(jax.tree.map(jnp.asarray, values))
+    state = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype) if x.ndim else np.int32(7), state)
+
+    def put(tree, sharding):
+        whole = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+        return jax.tree.map(lambda x: jax.device_put(x, sharding if x.ndim else whole), tree)
+
+    before, after = place((8, 1), ('x', None)), place(shape, axes)
+    writer = checkpoint_writer.Writer(tmp_path, 2)
+    writer.save(Record(1, ''), put(values, before), put(state, before))
+    writer.wait()
+    target = put({'trainable': values, 'optimizer': state}, after)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), target)
+    loaded = checkpoint.restore(tmp_path / 'steps/1', shapes)
+    for one, other in zip(jax.tree.leaves(loaded), jax.tree.leaves(target), strict=True):
+        assert one.sharding == other.sharding and one.dtype == other.dtype
+        assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
 
 
 def test_saved_arrays_may_be_donated_at_once(tmp_path):

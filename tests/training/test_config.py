@@ -10,6 +10,7 @@ from vora_jax.data.config import Data, Source
 from vora_jax.training import sharding
 from vora_jax.training.config import Mesh, Optimizer, Train, validate
 from vora_jax.training.config_changes import differences, first_difference
+from vora_jax.training.row_shards import check_rows
 from vora_jax.types import UserError
 
 DATA = Data((Source('rows.jsonl'),), 'tokenizer')
@@ -102,8 +103,8 @@ def test_mesh_takes_what_is_left_and_must_fit():
 def test_rows_slots_and_dimensions_must_divide_over_the_mesh():
     mesh = sharding.make_mesh(Mesh(1, 8, 1), jax.devices()[:8])
     with pytest.raises(UserError, match='4 rows.*choose a multiple of 8'):
-        sharding.check_rows(dataclasses.replace(RUN, accumulation=2), mesh)
-    sharding.check_rows(RUN, mesh)
+        check_rows(dataclasses.replace(RUN, accumulation=2), mesh)
+    check_rows(RUN, mesh)
     sharding.check_slots(RUN, mesh)
     mesh = sharding.make_mesh(Mesh(context=8), jax.devices()[:8])
     with pytest.raises(UserError, match='Data.max_slots is 60, .* choose a multiple of 8'):

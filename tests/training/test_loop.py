@@ -31,7 +31,7 @@ def gin_file(tmp_path_factory):
 
 def run(gin_file: pathlib.Path, workdir: pathlib.Path, *bindings: str) -> bool:
     config, text = gin_config.load('Train', [str(gin_file)], bindings)
-    return loop.train(config, text, str(workdir), lambda text: gin_config.load('Train', texts=[text])[0])
+    return loop.train(config, text, str(workdir), lambda text: gin_config.load('Train', texts=[text])[0]) == 'complete'
 
 
 @pytest.fixture(scope='module')

@@ -10,6 +10,7 @@ import tiny_run
 from tiny_model import quick_jit
 
 from vora_jax.ops.attention import attention
+from vora_jax.training import attend as attend_lib
 from vora_jax.training import sharding
 from vora_jax.training.config import Mesh
 from vora_jax.types import KeyRange, UserError
@@ -52,9 +53,9 @@ def test_every_call_equals_one_device(call):
     num_queries, num_keys, ring = CALLS[call]
     on = mesh(context=4, tensor=2)
     tensors, key_range = arrays(num_queries, num_keys)
-    assert sharding.cut_attention(on, *tensors[:3], 'auto').ring == ring
+    assert attend_lib.cut_attention(on, *tensors[:3], 'auto').ring == ring
     with sharding.use(on):
-        actual = both_ways(sharding.make_attend(on, 'xla'))(*tensors, key_range)
+        actual = both_ways(attend_lib.make_attend(on, 'xla'))(*tensors, key_range)
     expected = both_ways(functools.partial(attention, implementation='reference'))(*tensors, key_range)
     for x, wanted in zip(actual, expected, strict=True):
         np.testing.assert_allclose(x, wanted, atol=1e-5)
@@ -66,7 +67,7 @@ def shapes(num_slots, heads=HEADS):
 
 def test_auto_goes_by_what_a_shard_holds():
     for sizes, wanted in (({'data': 1}, 'xla'), ({'data': 2}, 'xla'), ({'context': 2}, 'reference')):
-        assert sharding.cut_attention(mesh(**sizes), *shapes(256), 'auto').choice.implementation == wanted
+        assert attend_lib.cut_attention(mesh(**sizes), *shapes(256), 'auto').choice.implementation == wanted
 
 
 class FakeDevice(types.SimpleNamespace):
@@ -82,29 +83,22 @@ def fake_mesh(**of_each):
 def test_auto_goes_by_the_devices_of_the_mesh():
     for platform, kernel in (('tpu', 'pallas_tpu'), ('cpu', 'xla')):
         on = fake_mesh(platform=lambda _, platform=platform: platform)
-        assert sharding.cut_attention(on, *shapes(2048), 'auto').choice.implementation == kernel
-
-
-def test_processes_read_rows_of_their_own():
-    config = types.SimpleNamespace(batch_rows=8, accumulation=1)
-    sharding.check_rows(config, fake_mesh(process_index=lambda i: i // 2))
-    with pytest.raises(UserError, match='belong to different processes'):
-        sharding.check_rows(config, fake_mesh(process_index=lambda i: i % 2))
+        assert attend_lib.cut_attention(on, *shapes(2048), 'auto').choice.implementation == kernel
 
 
 def test_what_cannot_be_served_is_told():
     with pytest.raises(UserError, match=r"Train.attention = 'pallas_tpu': .* platform cpu\. Choose auto"):
-        sharding.cut_attention(mesh(data=1), *shapes(512), 'pallas_tpu')
+        attend_lib.cut_attention(mesh(data=1), *shapes(512), 'pallas_tpu')
     with pytest.raises(UserError, match='Mesh.tensor = 4 does not divide the 2 key/value heads'):
-        sharding.cut_attention(mesh(tensor=4), *shapes(512), 'auto')
+        attend_lib.cut_attention(mesh(tensor=4), *shapes(512), 'auto')
     wide = [jax.ShapeDtypeStruct(x.shape, jnp.dtype('float64')) for x in shapes(512)]
     with pytest.raises(UserError, match="Train.attention = 'xla': .*float64"):
-        sharding.cut_attention(mesh(data=1), *wide, 'xla')
+        attend_lib.cut_attention(mesh(data=1), *wide, 'xla')
 
 
 def test_a_call_may_ask_for_its_own():
     tensors, key_range = arrays(16, 16)
-    attend = sharding.make_attend(mesh(data=1), 'xla')
+    attend = attend_lib.make_attend(mesh(data=1), 'xla')
     text = [str(jax.make_jaxpr(functools.partial(attend, **options))(*tensors[:3], key_range))
             for options in ({}, {'implementation': 'xla'}, {'implementation': 'reference'})]
     assert text[0] == text[1] != text[2]
@@ -112,7 +106,7 @@ def test_a_call_may_ask_for_its_own():
 
 def test_the_language_model_is_told_about():
     model, batch = tiny_run.vora().stage('pretrain').model, tiny_run.batch()
-    assert sharding.language_attention(model, batch, mesh(data=1), 'auto') == 'reference (32 keys are one tile)'
-    told = sharding.language_attention(model, batch, mesh(context=4), 'xla')
+    assert attend_lib.language_attention(model, batch, mesh(data=1), 'auto') == 'reference (32 keys are one tile)'
+    told = attend_lib.language_attention(model, batch, mesh(context=4), 'xla')
     assert told == 'xla (asked for), keys in a ring of 4 devices'
-    assert sharding.language_attention(object(), batch, mesh(data=1), 'auto') == ''
+    assert attend_lib.language_attention(object(), batch, mesh(data=1), 'auto') == ''

@@ -1,6 +1,7 @@
 """What an export needs of a checkpoint."""
 import dataclasses
 import pathlib
+import sys
 from typing import Any, NamedTuple
 
 from vora_jax.batch import Batch
@@ -15,6 +16,7 @@ from vora_jax.data.text.tokenizer import Tokenizer, load_tokenizer
 from vora_jax.method import VisionTokenRule
 from vora_jax.model import VisionLanguageModel
 from vora_jax.training import checkpoint
+from vora_jax.training.unfinished import unfinished
 from vora_jax.types import Params
 
 
@@ -64,6 +66,9 @@ def open_source(path: str, adapters_only: bool = False) -> Source:
         UserError: not a checkpoint, or adapters without their model.
     """
     opened = checkpoint.open_checkpoint(path)
+    told = unfinished(path, opened)
+    if told:
+        print(f'vora: {told}', file=sys.stderr)
     if not adapters_only:
         check_whole(opened)
     config, _ = gin_config.load('Train', texts=[opened.config_text])

@@ -15,6 +15,7 @@ from vora_jax.training.config import Train, validate
 from vora_jax.training.loop import IN_FLIGHT
 from vora_jax.training.prefetch import Prefetch
 from vora_jax.training.program import build
+from vora_jax.training.row_shards import check_rows, row_shard
 from vora_jax.training.run_data import open_data
 
 # Batches that wait on the devices, and how many are read ahead while the program rests: these are used up before each
@@ -53,9 +54,9 @@ def measure_steps(config: Train, folder: pathlib.Path, steps: int, repeats: int,
     """
     validate(config)
     mesh = sharding.make_mesh(config.mesh)
-    sharding.check_rows(config, mesh)
+    check_rows(config, mesh)
     sharding.check_slots(config, mesh)
-    data = open_data(config, folder)
+    data = open_data(config, folder, row_shard(mesh))
     with contextlib.closing(data), sharding.use(mesh):
         with contextlib.closing(Prefetch(data, sharding.rows(mesh))) as batches:
             waiting = [next(batches).batch for _ in range(CACHED)]

@@ -39,7 +39,7 @@ def bindables() -> dict[str, Callable]:
     from vora_jax.nn.gated_prompts import GatedPrompts
     from vora_jax.nn.modality_mixture import ModalityMixture
     from vora_jax.ops.rope import RopeScaling
-    from vora_jax.training.config import Checkpoint, Mesh, Optimizer, Train
+    from vora_jax.training.config import Checkpoint, Guard, Mesh, Optimizer, Train
     from vora_jax.vision.cue_enhancer import CueEnhancer
     from vora_jax.vision.encoder_frontend import Projector
     from vora_jax.vision.patch_embed import PatchEmbed
@@ -51,7 +51,7 @@ def bindables() -> dict[str, Callable]:
         if inspect.isfunction(f) and f.__module__ == variants.__name__ and not name.startswith('_')
     ]
     leaves = [LanguageModel, RopeScaling, Vit, PatchEmbed, Projector, CueEnhancer, LowRank, DualLowRank, ModalityKernel,
-              ModalityMixture, GatedPrompts, Source, ImagePolicy, Data, Optimizer, Mesh, Checkpoint]
+              ModalityMixture, GatedPrompts, Source, ImagePolicy, Data, Optimizer, Mesh, Checkpoint, Guard]
     return {bindable.__name__: bindable for bindable in (*leaves, *methods, Train, Eval)}
 
 

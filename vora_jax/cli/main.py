@@ -28,9 +28,11 @@ VERBS = {
     'import': 'read a Hugging Face folder as a checkpoint',
     'export': 'write a checkpoint as a PyTorch / Hugging Face folder',
     'verify': 'compare a checkpoint with its exported folder',
+    'plan': 'compile a training step for a pod without having one: memory, traffic, bounds',
     'bench': 'measure attention or data feeding on the present hardware',
 }
-TAKES_GIN = ('train', 'eval', 'import', 'prepare', 'bench')  # the others read the configuration that the checkpoint holds
+# The others read the configuration that the checkpoint holds.
+TAKES_GIN = ('train', 'eval', 'import', 'prepare', 'plan', 'bench')
 
 _GIN_HELP = """gin arguments:
   --gin.NAME=VALUE      set one value, for example --gin.vora.rank=64 or --gin.Train.stage=finetune

@@ -1,61 +1,146 @@
 """Joins the processes of a run."""
 
 import contextlib
-import glob
-import importlib.util
+import logging
 import os
 import socket
+import sys
+import traceback
 from collections.abc import Iterator
+from typing import NoReturn
 
 import jax
+from jax._src import distributed  # the coordinator that JAX found, and its key-value store: nothing public tells them
 
+from vora_jax.cli.cluster import Place, this_place
+from vora_jax.cli.lifeline import Lifeline
+from vora_jax.training.watchdog import RETRY
+from vora_jax.types import UserError
+
+log = logging.getLogger(__name__)
+
+JOIN_SECONDS = 300  # machines of a pod start minutes apart
 HEARTBEAT_SECONDS = 30  # JAX's default leaves a pod idle for 100 s after one of its hosts died
 # One process waits for nobody, and JAX aborts a process that missed its own heartbeats: it must outlast
 # Ctrl-Z, a laptop's sleep, a paused virtual machine.
 ALONE_SECONDS = 30 * 24 * 3600
 SHUTDOWN_SECONDS = 30
-SLURM = {
-    'SLURM_JOB_ID',
-    'SLURM_STEP_NODELIST',
-    'SLURM_NTASKS',
-    'SLURM_PROCID',
-    'SLURM_LOCALID',
-}  # set by srun
+
+
+class Joined:
+    """The processes of a run, of which this one has the number `number`."""
+
+    def __init__(self, number: int = 0, lifeline: Lifeline | None = None):
+        self.number, self._lifeline = number, lifeline
+
+    def leave(self, code: int, reason: str) -> NoReturn:
+        """Ends this process at once, and the others with it, whatever they wait for; `reason` is for them."""
+        if self._lifeline:
+            self._lifeline.fail(code, reason)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+    def hang(self, reason: str) -> NoReturn:
+        """As `leave`, with the exit code of a run that may be tried again."""
+        self.leave(RETRY, reason)
 
 
 @contextlib.contextmanager
-def join_processes() -> Iterator[None]:
+def join_processes(place: Place | None = None) -> Iterator[Joined]:
     """Initialises `jax.distributed`, for one process too, and leaves it at the end.
 
     One process alone initialises it as well: its reductions then run in the same order as on several, and
-    SIGTERM is answered with a checkpoint. Several processes are found on TPU pods and SLURM by JAX itself;
-    elsewhere set JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID. Call it before
-    anything touches a device.
+    SIGTERM is answered with a checkpoint. Call it before anything touches a device. Without `place` the environment
+    tells it.
+
+    Several processes end together: when one raises, the others say its reason and end within seconds; the one itself
+    ends here, as `main` would end it, without JAX's farewell, for which the others would have to be alive.
     """
-    together = {'heartbeat_timeout_seconds': HEARTBEAT_SECONDS, 'shutdown_timeout_seconds': SHUTDOWN_SECONDS}
-    alone = together | {'heartbeat_timeout_seconds': ALONE_SECONDS, 'cluster_detection_method': 'deactivate'}
+    place = place or this_place({})
     with contextlib.ExitStack() as stack:
-        if 'JAX_NUM_PROCESSES' in os.environ:
-            number, count = int(os.environ['JAX_PROCESS_ID']), int(os.environ['JAX_NUM_PROCESSES'])
-            jax.distributed.initialize(os.environ['JAX_COORDINATOR_ADDRESS'], count, number, **together)
-        elif _is_cluster():
-            jax.distributed.initialize(**together)
-        else:
+        if place.kind == 'alone':
             address = stack.enter_context(_free_address())
-            jax.distributed.initialize(address, 1, 0, coordinator_bind_address=address, **alone)
+            jax.distributed.initialize(
+                address, 1, 0, coordinator_bind_address=address, cluster_detection_method='deactivate',
+                heartbeat_timeout_seconds=ALONE_SECONDS, shutdown_timeout_seconds=SHUTDOWN_SECONDS,
+            )
+            stack.callback(jax.distributed.shutdown)
+            yield Joined()
+            return
+        _initialize(place)
+        found = distributed.global_state
+        if found.num_processes == 1:
+            stack.callback(jax.distributed.shutdown)
+            yield Joined()
+            return
+        if jax.config.jax_platforms == 'cpu':
+            stack.enter_context(_without_native_chatter())
+        lifeline = _lifeline(found.coordinator_address, found.num_processes, found.process_id, found.client)
+        joined = Joined(found.process_id, lifeline)
+        try:
+            yield joined
+            jax.distributed.shutdown()
+        except BaseException as error:
+            code, told = _verdict(error)
+            sys.stderr.write(f'vora: {told}\n' if code != 1 else ''.join(traceback.format_exception(error)))
+            joined.leave(code, told)
+        if lifeline:
+            lifeline.close()
+
+
+def _initialize(place: Place) -> None:
+    try:
+        jax.distributed.initialize(
+            place.coordinator, place.count, place.number, place.local_devices,
+            cluster_detection_method='deactivate' if place.kind == 'given' else None,
+            initialization_timeout=JOIN_SECONDS, heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=SHUTDOWN_SECONDS,
+        )
+    except Exception as error:
+        raise UserError(f'the processes of the run could not join ({place.kind}: {_first_line(error)}); start all of them '
+                        'with the same command, and see whether another one has ended.') from error
+
+
+def _lifeline(coordinator: str, count: int, number: int, store: object) -> Lifeline | None:
+    try:
+        return Lifeline(coordinator, count, number, store)
+    except Exception as error:
+        log.warning('process %d cannot reach process 0 beside JAX (%s): when a process dies, the others notice after %d s.',
+                    number, _first_line(error), HEARTBEAT_SECONDS)
+        return None
+
+
+def _verdict(error: BaseException) -> tuple[int, str]:
+    """Exit code and sentence for what ended the run."""
+    if isinstance(error, UserError):
+        return 2, str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return 130, 'interrupted.'
+    return 1, f'{type(error).__name__}: {_first_line(error)}'
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), '')
+
+
+@contextlib.contextmanager
+def _without_native_chatter() -> Iterator[None]:
+    """Keeps what the C++ library of CPU collectives writes to standard output off the terminal: a line for each connection.
+
+    Python's own `print` goes where it went.
+    """
+    sys.stdout.flush()
+    kept, python = os.dup(1), sys.stdout
+    with open(os.devnull, 'wb') as nowhere, os.fdopen(os.dup(1), 'w', buffering=1) as terminal:
+        os.dup2(nowhere.fileno(), 1)
+        sys.stdout = terminal
         try:
             yield
         finally:
-            jax.distributed.shutdown()
-
-
-def _is_cluster() -> bool:
-    """True on a TPU machine or below srun or mpirun: where JAX knows how to find the other processes."""
-    tpu = bool(glob.glob('/dev/accel*') or glob.glob('/dev/vfio/[0-9]*')) and bool(
-        importlib.util.find_spec('libtpu')
-    )
-    variables = set(os.environ)
-    return tpu or 'OMPI_MCA_orte_hnp_uri' in variables or variables >= SLURM
+            sys.stdout = python
+            os.dup2(kept, 1)
+            os.close(kept)
 
 
 @contextlib.contextmanager

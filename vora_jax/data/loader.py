@@ -133,8 +133,8 @@ def _release(opened: list[ElasticIterator], folder: tempfile.TemporaryDirectory 
 
 
 def batches(data: Data, rule: VisionTokenRule | None, batch_rows: int, seed: int,
-            shard: tuple[int, int] = (0, 1), workers: int = 0, *, quarantine: str = '', cache: str = '',
-            cache_bytes: int = CACHE_BYTES, progress: Callable[..., Iterable] = lambda steps, **_: steps) -> Loader:
+            shard: tuple[int, int] = (0, 1), workers: int = 0, *, process: tuple[int, int] | None = None,
+            quarantine: str = '', cache: str = '', cache_bytes: int = CACHE_BYTES, progress: Callable[..., Iterable] = lambda steps, **_: steps) -> Loader:
     """Endless batches of `batch_rows / count` rows, this shard's block of each global batch.
 
     Each epoch is packed anew.
@@ -144,8 +144,9 @@ def batches(data: Data, rule: VisionTokenRule | None, batch_rows: int, seed: int
         rule: how many slots a picture takes; None for a run without pictures (`Batch.patches` is None).
         batch_rows: rows of the global batch.
         seed: of mixture, packing and order; equal arguments give equal bytes.
-        shard: (index, count) of this process; the shards' batches together are the global batch.
+        shard: (index, count) of the share to read; the shares' batches together are the global batch.
         workers: reading processes; 0 reads in threads of this process.
+        process: (index, count) of this process, where several read one share; default: `shard`.
         quarantine: file for the samples that cannot be used; '' writes none.
         cache: folder for indices and plans where `data.cache` names none; '' keeps them as long as the loader.
         cache_bytes: most bytes of patches that each process keeps for their next use.
@@ -161,7 +162,8 @@ def batches(data: Data, rule: VisionTokenRule | None, batch_rows: int, seed: int
     temporary = None if kept else tempfile.TemporaryDirectory(prefix='vora-data-', ignore_cleanup_errors=True)
     folder = pathlib.Path(kept or temporary.name)
     samples = Samples(data, rule, kept, cache_bytes // max(workers, 1))
-    rows, sizes_hash = _rows(samples, data, seed, folder, Quarantine(quarantine), progress, workers, shard)
+    rows, sizes_hash = _rows(samples, data, seed, folder, Quarantine(quarantine), progress, workers,
+                             process or shard)
     dataset = grain.MapDataset.source(Blocks(rows, batch_rows, count))
     options = None
     if workers:
@@ -176,7 +178,7 @@ def batches(data: Data, rule: VisionTokenRule | None, batch_rows: int, seed: int
 
 
 def _rows(samples: Samples, data: Data, seed: int, folder: pathlib.Path, quarantine: Quarantine,
-          progress: Callable[..., Iterable], workers: int, shard: tuple[int, int]) -> tuple[Rows, str]:
+          progress: Callable[..., Iterable], workers: int, process: tuple[int, int]) -> tuple[Rows, str]:
     """The rows and a hash of all sizes, after measuring what the folder does not know."""
     weights = [source.weight for source in data.sources]
     if sum(size * weight for size, weight in zip(samples.sizes, weights)) < 1:  # an epoch of nothing would never end
@@ -187,7 +189,7 @@ def _rows(samples: Samples, data: Data, seed: int, folder: pathlib.Path, quarant
     key = lengths.index_key(samples, sizes)
     _make(folder)
     measured = folder / f'lengths-{key}'
-    index = lengths.build(samples, measured, progress, workers, shard)
+    index = lengths.build(samples, measured, progress, workers, process)
     fitted = lengths.fit(index, samples.budgets)
     sizes_hash = hashlib.sha256(fitted).hexdigest()
     # Of what was measured, not of what the data are said to be: plans do not outlive an index that is made anew.
@@ -202,7 +204,7 @@ def _rows(samples: Samples, data: Data, seed: int, folder: pathlib.Path, quarant
             raise UserError(f'{plans} cannot be written ({error}); make room there, or set Data.cache to another '
                             'folder.') from error
     epochs = Epochs(plans, samples.sizes, weights, samples.budgets, seed, data.pack)
-    rows = Rows(samples, epochs, quarantine, data.max_bad_fraction, judges=shard[1] == 1)
+    rows = Rows(samples, epochs, quarantine, data.max_bad_fraction, judges=process[1] == 1)
     try:
         rows.note_measured(index)
     except UserError:  # the user may repair pictures, of which the name of this folder knows nothing

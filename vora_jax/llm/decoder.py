@@ -9,8 +9,9 @@ import jax.numpy as jnp
 
 from vora_jax.nn.block import LINEARS, BlockShape
 from vora_jax.nn.norms import RMSNorm
+from vora_jax.nn.remat import Remat
 from vora_jax.nn.slots import SlotContext
-from vora_jax.nn.stack import LayerGroup, Remat, Stack
+from vora_jax.nn.stack import Gather, LayerGroup, Stack
 from vora_jax.ops.attention import attention
 from vora_jax.ops.rope import RopeScaling, rope_angles
 from vora_jax.types import UserError
@@ -26,7 +27,7 @@ class LanguageModel:
     qk_norm: an RMSNorm on each query and key head (Qwen3).    tied_head: the head is the embedding.
     max_positions: the longest context it is made for, slots; exports state it, nothing here is limited by it.
     activation_dtype: of hidden states; parameters, norms, softmax, logits and losses stay f32.
-    remat: `full` recomputes each layer in the backward pass.
+    remat: what each layer keeps for its backward pass; the rest is computed again (`nn.remat`).
     """
 
     vocab_size: int
@@ -72,6 +73,7 @@ class Decoder(nn.Module):
     groups: tuple[LayerGroup, ...]
     side: Callable[[], nn.Module] | None = None
     attend: Callable = attention
+    gather: Gather | None = None
     deterministic: bool = True
 
     def setup(self):
@@ -81,12 +83,18 @@ class Decoder(nn.Module):
         if not config.tied_head:
             head = nn.with_logical_partitioning(nn.initializers.normal(0.02), ('embed', 'vocab'))
             self.lm_head = self.param('lm_head', head, (config.width, config.vocab_size), jnp.float32)
-        self.layers = Stack(config.block_shape, self.groups, self.side, self.attend, config.remat, self.deterministic)
+        self.layers = Stack(config.block_shape, self.groups, self.side, self.attend, self.gather, config.remat,
+                            self.deterministic)
         self.norm = RMSNorm(config.norm_eps)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
-        """f[B, T, D] embeddings of `tokens: i32[B, T]`."""
-        return self.embedding[tokens].astype(self.config.dtype)
+        """f[B, T, D] embeddings of `tokens: i32[B, T]`.
+
+        On a mesh each device looks up its slice of the width, for the rows of all that share the table."""
+        tokens = nn.with_logical_constraint(tokens, ('rows_of_all', 'slots'))
+        slices = nn.with_logical_constraint(self.embedding[tokens].astype(self.config.dtype),
+                                            ('rows_of_all', 'slots', 'slice'))
+        return nn.with_logical_constraint(slices, ('batch', 'slots', 'width'))
 
     def __call__(self, x: jax.Array, positions: jax.Array, context: SlotContext, cache=None, side_scanned: Any = None,
                  side_shared: Any = None):

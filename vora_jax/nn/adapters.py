@@ -10,6 +10,7 @@ from typing import Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from vora_jax.nn.norms import LayerNorm
 from vora_jax.ops.linear import linear
@@ -103,7 +104,8 @@ class LowRankBranch(nn.Module):
     def __call__(self, x: jax.Array, y: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
         a, b = _low(self, 'a', x), _high(self, y)
         x = nn.Dropout(self.adapter.dropout, deterministic=self.deterministic)(x)
-        return y + linear(linear(x, a) * jnp.asarray(self.adapter.scale, x.dtype), b)
+        low = checkpoint_name(linear(x, a), 'low_rank')
+        return y + linear(low * jnp.asarray(self.adapter.scale, x.dtype), b)
 
 
 class DualLowRankBranch(nn.Module):
@@ -116,9 +118,10 @@ class DualLowRankBranch(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, y: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
         a, task, b = _low(self, 'a', x), _low(self, 'task', x), _high(self, y)
-        skill = linear(nn.Dropout(self.adapter.dropout, deterministic=self.deterministic)(x), a)
+        dropped = nn.Dropout(self.adapter.dropout, deterministic=self.deterministic)(x)
+        skill, gate = (checkpoint_name(low, 'low_rank') for low in (linear(dropped, a), linear(x, task)))
         skill = LayerNorm(self.adapter.norm_eps, axis='rank', name='norm')(skill)
-        return y + linear(skill * nn.relu(linear(x, task)) * jnp.asarray(self.adapter.scale, x.dtype), b)
+        return y + linear(skill * nn.relu(gate) * jnp.asarray(self.adapter.scale, x.dtype), b)
 
 
 class ModalityKernelBranch(nn.Module):

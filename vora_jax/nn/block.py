@@ -1,12 +1,12 @@
 """One transformer block with adaptable linears."""
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from vora_jax.nn.adapted_dense import AdaptedDense
 from vora_jax.nn.adapters import Adapter
@@ -75,7 +75,7 @@ class Block(nn.Module):
         def linear(name, features, axes):
             use_bias = name in shape.biases or name in self.biases
             dense = AdaptedDense(features, axes, table.get(name, ()), use_bias, self.deterministic, name=name)
-            return functools.partial(dense, context=context)
+            return lambda x, context=context: checkpoint_name(dense(x, context=context), name)
 
         q_width, kv_width = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
         q_proj = linear('q_proj', q_width, ('embed', 'heads'))
@@ -102,7 +102,7 @@ class Block(nn.Module):
             branch = PromptBranch(self.prompts, shape.width, self.attend, name='adapter_prompts')
             out = branch(out, q, keys_values, context)
         out = linear('o_proj', shape.width, ('heads', 'embed'))(out.reshape(*out.shape[:2], q_width))
-        x = x + self.scaled(out, 'attention_scale')
+        x = checkpoint_name(x + self.scaled(out, 'attention_scale'), 'attended')
 
         y = norm(shape.norm, shape.norm_eps, 'mlp_norm')(x)
         y, cache = self.mixed(y, 'mlp', context, cache)

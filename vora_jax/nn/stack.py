@@ -1,8 +1,9 @@
 """Groups of equal layers, one scan each."""
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -12,10 +13,12 @@ from vora_jax.nn.block import AdapterTable, Block, BlockShape
 from vora_jax.nn.cache import Cache
 from vora_jax.nn.gated_prompts import GatedPrompts
 from vora_jax.nn.modality_mixture import MixtureTable
+from vora_jax.nn.remat import Remat, save_policy
 from vora_jax.nn.slots import SlotContext
 from vora_jax.ops.attention import attention
+from vora_jax.types import Params
 
-Remat = Literal['none', 'full']
+Gather = Callable[[str, Params], Params]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +47,8 @@ def join_groups(groups: Iterable[LayerGroup]) -> tuple[LayerGroup, ...]:
 class Stack(nn.Module):
     """Layer groups in order, each an `nn.scan` over stacked parameters [L, ...] with rematerialisation.
 
+    gather: makes a layer's parameters whole where it is computed, (path, tree) -> tree; `training.sharding` has one.
+    states: logical names of the dimensions of the states between layers: all that cuts them on a mesh.
     side: makes a module that is called in the scan body of groups with `side=True`, with (state entering the layer,
         state leaving it, its scanned input, its shared input); its results are stacked over those layers.
     """
@@ -52,8 +57,10 @@ class Stack(nn.Module):
     groups: tuple[LayerGroup, ...]
     side: Callable[[], nn.Module] | None = None
     attend: Callable = attention
+    gather: Gather | None = None
     remat: Remat = 'none'
     deterministic: bool = True
+    states: tuple[str, ...] = ('batch', 'slots', 'width')
 
     @nn.compact
     def __call__(self, x: jax.Array, context: SlotContext, cache: Cache | None = None, side_scanned: Any = None,
@@ -68,13 +75,16 @@ class Stack(nn.Module):
         for index, group in enumerate(self.groups):
             side = self.side if group.side and side_scanned is not None else None
             body = ScannedLayer
-            if self.remat == 'full':
-                body = nn.remat(body, prevent_cse=False)
+            if self.gather is not None and not self.is_initializing():
+                whole = functools.partial(self.gather, f'{"/".join(self.path)}/group_{index}')
+                body = nn.map_variables(body, 'params', trans_in_fn=whole)
+            if self.remat != 'none':
+                body = nn.remat(body, prevent_cse=False, policy=save_policy(self.remat))
             scan = nn.scan(body, variable_axes={'params': 0}, split_rngs={'params': True, 'dropout': True},
                            in_axes=(nn.broadcast, 0, 0, nn.broadcast), length=group.num_layers,
                            metadata_params={nn.PARTITION_NAME: 'layers'})
             module = scan(self.shape, group.adapters, group.biases, group.mixtures, group.prompts, side, self.attend,
-                          self.deterministic, name=f'group_{index}')
+                          self.states, self.deterministic, name=f'group_{index}')
             part = slice(layer, layer + group.num_layers)
             group_cache = jax.tree.map(lambda c: c[part], cache)
             scanned = None
@@ -101,13 +111,15 @@ class ScannedLayer(nn.Module):
     prompts: GatedPrompts | None
     side: Callable[[], nn.Module] | None
     attend: Callable
+    states: tuple[str, ...]
     deterministic: bool
 
     @nn.compact
     def __call__(self, x, context: SlotContext, cache, side_scanned, side_shared):
         block = Block(self.shape, self.adapters, self.biases, self.mixtures, self.prompts, self.attend, self.deterministic,
                       name='block')
-        leaving, cache = block(x, context, cache)
+        leaving, cache = block(nn.with_logical_constraint(x, self.states), context, cache)
+        leaving = nn.with_logical_constraint(leaving, self.states)
         result = None
         if self.side is not None:
             result = self.side()(x, leaving, side_scanned, side_shared)

@@ -27,6 +27,7 @@ from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from vora_jax.ops.key_range import sum_dtype
 from vora_jax.types import KeyRange
@@ -152,13 +153,19 @@ def softmax_delta(out, d_out):
     return jnp.sum(d_out.astype(dtype) * out.astype(dtype), axis=-1).swapaxes(1, 2)
 
 
+def named(out, log_sum):
+    """Both under the names that rematerialisation (`nn.remat`) may keep. Named within the forward rule: naming what the
+    call returns would not spare the kernel's second run."""
+    return checkpoint_name(out, 'attention_out'), checkpoint_name(log_sum, 'attention_log_sum')
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _attention(q, k, v, key_range, implementation, soft_cap):
     return kernels(implementation).forward(q, k, v, key_range, soft_cap)[0]
 
 
 def _forward(q, k, v, key_range, implementation, soft_cap):
-    out, log_sum = kernels(implementation).forward(q, k, v, key_range, soft_cap)
+    out, log_sum = named(*kernels(implementation).forward(q, k, v, key_range, soft_cap))
     return out, (q, k, v, key_range, out, log_sum)
 
 

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vora_jax.ops.attention import Implementation, Kernels, check_soft_cap, kernels, resolve, softmax_delta
+from vora_jax.ops.attention import Implementation, Kernels, check_soft_cap, kernels, named, resolve, softmax_delta
 from vora_jax.ops.key_range import sum_dtype
 from vora_jax.types import KeyRange
 
@@ -124,7 +124,7 @@ def _forward(q, k, v, key_range, axis, split, implementation, soft_cap):
         (visitor, merged), _ = jax.lax.scan(body, (visitor, merged), jnp.arange(1, last, dtype=jnp.int32))
         merged = visit(last, *visitor, merged)
     out, log_sum = merged
-    out = out.astype(q.dtype)
+    out, log_sum = named(out.astype(q.dtype), log_sum)
     return out, (q, k, v, key_range, out, log_sum)
 
 

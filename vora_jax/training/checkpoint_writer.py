@@ -1,16 +1,26 @@
 """Saves checkpoints in the background."""
 import concurrent.futures
 import dataclasses
-import pathlib
-import shutil
 from typing import Any
 
 import jax
 from orbax.checkpoint.experimental import v1 as ocp
 
-from vora_jax.training import checkpoint, checksum
+from vora_jax.training import checksum, storage, workdir
 from vora_jax.training.fingerprint import content_hash
-from vora_jax.types import Params
+from vora_jax.training.orbax_options import orbax_options, quiet
+from vora_jax.training.record import Record
+from vora_jax.training.storage import Path
+from vora_jax.types import Params, UserError
+
+# What a failed save says, in the words of the operating system or of Orbax's libraries; why; and what helps.
+CAUSES = (
+    (('no space left', 'quota exceeded', 'resource_exhausted', 'file too large'), 'the disk is full', 'free some space'),
+    (('permission denied', 'permission_denied', 'not permitted', 'forbidden', 'read-only'), 'writing there is not allowed',
+     'allow it'),
+    (('no such file', 'not_found', 'stale file', 'input/output error', 'not connected', 'not a directory'),
+     'its folder vanished', 'bring it back'),
+)
 
 
 class Writer:
@@ -20,37 +30,42 @@ class Writer:
     checksum file (now the step counts) and deletes the oldest steps. A failure is raised by the next call.
     """
 
-    def __init__(self, workdir: pathlib.Path, keep_last: int):
-        self._workdir, self._keep_last = workdir, keep_last
+    def __init__(self, folder: Path, keep_last: int, keep_every: int = 0):
+        self._workdir, self._keep_last, self._keep_every = folder, keep_last, keep_every
         self._thread = concurrent.futures.ThreadPoolExecutor(1, 'checkpoint')
         self._pending: concurrent.futures.Future | None = None
         for parent in ('steps', 'frozen'):
-            (workdir / parent).mkdir(parents=True, exist_ok=True)
+            (folder / parent).mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
-            checksum.remove_unfinished(workdir)
+            checksum.remove_unfinished(folder)
 
     def save_frozen(self, frozen: Params) -> str:
         """The hash of the frozen weights' content ('' for none); writes them unless they are there."""
         content = content_hash(frozen)
-        folder = checkpoint.frozen_folder(self._workdir, content)
+        folder = workdir.frozen_folder(self._workdir, content)
         if content and not checksum.is_committed(folder):
-            with checkpoint.orbax_options():
-                ocp.save_checkpointables(folder.absolute(), {'frozen': frozen}, overwrite=True)
-            if jax.process_index() == 0:
+            try:
+                with orbax_options(), quiet():
+                    ocp.save_checkpointables(storage.absolute(folder), {'frozen': frozen}, overwrite=True)
                 checksum.commit(folder)
+            except Exception as error:
+                raise _told(folder, error) from error
         return content
 
-    def save(self, record: checkpoint.Record, trainable: Params, opt_state: Any) -> None:
+    def save(self, record: Record, trainable: Params, opt_state: Any) -> None:
         """Starts to save a step, after the previous save has ended. The arrays may be donated afterwards."""
         self.wait()
-        folder = checkpoint.step_folder(self._workdir, record.step)
+        folder = workdir.step_folder(self._workdir, record.step)
         arrays = {'trainable': trainable, 'optimizer': opt_state}
         # Our own folders and deletion, not Orbax's Checkpointer: its default policy skips saves while one is
         # under way, and it deletes old steps before the new one is committed.
-        with checkpoint.orbax_options():
-            response = ocp.save_checkpointables_async(
-                folder.absolute(), arrays, custom_metadata=dataclasses.asdict(record), overwrite=True
-            )
+        try:
+            with orbax_options(), quiet():
+                response = ocp.save_checkpointables_async(
+                    storage.absolute(folder), arrays, custom_metadata=dataclasses.asdict(record), overwrite=True
+                )
+        except Exception as error:
+            raise _told(folder, error) from error
         self._pending = self._thread.submit(self._finish, response, folder)
 
     def check(self) -> None:
@@ -59,25 +74,47 @@ class Writer:
             self.wait()
 
     def wait(self) -> None:
-        """Returns when the last save is committed; raises what made it fail."""
+        """Returns when the last save is committed; raises UserError with what made it fail."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
 
-    def _finish(self, response: Any, folder: pathlib.Path) -> None:
+    def close(self) -> None:
+        """As `wait`; also what the run logged since is then in the workdir."""
+        self.wait()
+        workdir.send_logs(self._workdir)
+
+    def _finish(self, response: Any, folder: Path) -> None:
         try:
-            response.result()
+            with quiet():
+                response.result()
+            checksum.commit(folder)
+            workdir.send_logs(self._workdir)
             if jax.process_index() == 0:
-                checksum.commit(folder)
-                # Later steps can only be damaged ones of an earlier attempt: they do not count as kept.
-                steps = [step for step in checkpoint.step_numbers(self._workdir) if step <= int(folder.name)]
-                for step in steps[: -self._keep_last]:
-                    _remove(checkpoint.step_folder(self._workdir, step))
+                self._remove_old(int(folder.name))
         except Exception as error:
-            raise OSError(f'the checkpoint {folder} could not be written: {error}') from error
+            raise _told(folder, error) from error
+
+    def _remove_old(self, newest: int) -> None:
+        """Deletes what is not to be kept; `newest` is committed, so that the step a run was resumed from may go now."""
+        # Later steps can only be damaged ones of an earlier attempt: they do not count as kept.
+        steps = [step for step in workdir.step_numbers(self._workdir) if step <= newest]
+        for step in steps[: -self._keep_last]:
+            if self._keep_every and step % self._keep_every == 0:
+                continue
+            folder = workdir.step_folder(self._workdir, step)
+            # The checksum file first: a process killed in between leaves an unfinished step, not a damaged one.
+            (folder / checksum.SIDECAR).unlink(missing_ok=True)
+            storage.remove_folder(folder)
 
 
-def _remove(folder: pathlib.Path) -> None:
-    # The checksum file first: a process killed in between leaves an unfinished step, not a damaged one.
-    (folder / checksum.SIDECAR).unlink(missing_ok=True)
-    shutil.rmtree(folder)
+def _told(folder: Path, error: Exception) -> UserError:
+    """What went wrong, in one sentence."""
+    text = str(error)
+    for words, cause, advice in CAUSES:
+        if any(word in text.lower() for word in words):
+            break
+    else:
+        cause, advice = text.partition('\n')[0] or type(error).__name__, 'mend that'
+    return UserError(f'the checkpoint {folder} could not be written: {cause}; {advice} and run the same command, which '
+                     'resumes at the last finished step.')

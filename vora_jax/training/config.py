@@ -44,18 +44,23 @@ class Optimizer:
     lr_multipliers: tuple[tuple[str, float], ...] = ()
 
 
+HowToGather = Literal['compiler', 'two_hop']
+
+
 @dataclasses.dataclass(frozen=True)
 class Mesh:
     """How many devices each mesh axis has; -1 (one axis at most) takes whatever is left.
 
     data: replicas of the parameters. fsdp: shards of parameters and rows. tensor: shards of heads, MLP,
         vocabulary. context: shards of a row's slots in attention, whose keys go round a ring.
+    gather: who makes the collectives of cut parameters, see `training.gather`; with 'two_hop' they are cut over data x fsdp.
     """
 
     data: int = 1
     fsdp: int = -1
     tensor: int = 1
     context: int = 1
+    gather: HowToGather = 'compiler'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,10 +69,26 @@ class Checkpoint:
 
     every_steps: optimizer steps between checkpoints; the last step is always saved.
     keep_last: committed steps that stay on disk.
+    keep_every_steps: steps that are a multiple of it stay as well; 0 for none.
     """
 
     every_steps: int = 1000
     keep_last: int = 2
+    keep_every_steps: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Guard:
+    """Which steps are skipped: their loss or gradient is not finite, or far above the steps before. Weights and optimizer
+    stay as they are, and the data go on.
+
+    max_sigmas: standard deviations that loss and gradient norm may be above their running means; 0 skips only what is not
+        finite.
+    max_skips: skipped steps in a row that end the run.
+    """
+
+    max_sigmas: float = 0.0
+    max_skips: int = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +106,11 @@ class Train:
     workers: data processes; 0 reads in the training process.
     frozen_dtype: dtype frozen weights are held in; trainable ones are always float32.
     attention: what computes attention; `auto` takes what suits the devices and the shapes, and says which.
+    profile_steps: (first, last) step of a profiler trace in WORKDIR/profile; empty for none.
+    wandb: Weights & Biases project that rows of metrics go to as well; '' for none. Needs the extra `wandb`.
+    guard: which steps are skipped.
+    hang_seconds: without any progress for so long, the run ends and tells where it stood; the first step, with its
+        compilation, may take four times as long. 0 waits for ever.
     """
 
     method: Method
@@ -102,6 +128,10 @@ class Train:
     workers: int = 0
     frozen_dtype: Literal['float32', 'bfloat16'] = 'float32'
     attention: Implementation = 'auto'
+    hang_seconds: int = 1800
+    profile_steps: tuple[int, ...] = ()
+    wandb: str = ''
+    guard: Guard = Guard()
 
 
 def validate(config: Train) -> None:
@@ -109,9 +139,14 @@ def validate(config: Train) -> None:
     for name in ('steps', 'batch_rows', 'accumulation', 'log_every'):
         _at_least(f'Train.{name}', getattr(config, name), 1)
     _at_least('Train.workers', config.workers, 0)
+    _at_least('Train.hang_seconds', config.hang_seconds, 0)
     _at_least('Train.seed', config.seed, 0)
     _at_least('Checkpoint.every_steps', config.checkpoint.every_steps, 1)
     _at_least('Checkpoint.keep_last', config.checkpoint.keep_last, 1)
+    _at_least('Checkpoint.keep_every_steps', config.checkpoint.keep_every_steps, 0)
+    _at_least('Guard.max_sigmas', config.guard.max_sigmas, 0)
+    _at_least('Guard.max_skips', config.guard.max_skips, 1)
+    _check_profile(config.profile_steps)
     optimizer = config.optimizer
     for name in ('learning_rate', 'warmup_steps', 'weight_decay', 'clip_norm', 'end_fraction', 'decay_steps'):
         _at_least(f'Optimizer.{name}', getattr(optimizer, name), 0)
@@ -146,6 +181,11 @@ def validate(config: Train) -> None:
                         'its weights, with --init-from.')
     if not config.data.sources:
         raise UserError('Data.sources is empty; give at least one Source.')
+
+
+def _check_profile(steps: tuple[int, ...]) -> None:
+    if steps and not (len(steps) == 2 and 1 <= steps[0] <= steps[1]):
+        raise UserError(f'Train.profile_steps is {steps}; give the first and the last step to trace, such as (10, 13).')
 
 
 def _at_least(name: str, value: float, least: int) -> None:

@@ -14,9 +14,10 @@ from vora_jax.training.config import Train
 # Fields that may change between restarts of one run; all others are identity. '*' stands for every field of a
 # class. Where data lies on disk is free: the manifest hash tells whether rows, picture sizes and tokenizer are the same.
 FREE = {
-    'Train': ('steps', 'mesh', 'checkpoint', 'log_every', 'workers', 'attention'),
+    'Train': ('steps', 'mesh', 'checkpoint', 'log_every', 'workers', 'attention', 'profile_steps', 'wandb', 'hang_seconds'),
     'Mesh': ('*',),
     'Checkpoint': ('*',),
+    'Guard': ('max_skips',),
     'Data': ('tokenizer', 'max_bad_fraction', 'cache'),
     'Source': ('path', 'image_root'),
 }

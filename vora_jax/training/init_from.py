@@ -17,6 +17,7 @@ import numpy as np
 
 from vora_jax.params import flatten, regroup, starts_as, unflatten
 from vora_jax.training.checkpoint import open_checkpoint
+from vora_jax.training.unfinished import unfinished
 from vora_jax.types import UserError
 
 log = logging.getLogger(__name__)
@@ -87,7 +88,11 @@ def take(entries: Iterable[str], shapes: Mapping[str, Any]) -> dict[str, np.ndar
 
 def _given(entry: Entry, text: str, shapes: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """What one entry gives, by path in this model."""
-    flat = flatten(open_checkpoint(entry.checkpoint).params)
+    opened = open_checkpoint(entry.checkpoint)
+    told = unfinished(entry.checkpoint, opened)
+    if told:
+        log.warning('%s', told)
+    flat = flatten(opened.params)
     if entry.target:
         flat = _move(entry, flat)
     before, flat = flat, _regroup(flat, shapes)

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 import jax
 from jax.experimental import multihost_utils
 
+CTRL_C, SIGTERM = 'Ctrl-C', 'SIGTERM'
+
 
 class StopRequest:
     """Whether someone asked the run to stop after the present step."""
@@ -17,11 +19,16 @@ class StopRequest:
         self._by_ctrl_c = False
 
     def at(self, step: int) -> str:
-        """Why the run must stop after this step, or ''. All processes of a run get the same answer."""
-        if self._by_ctrl_c:
-            return 'Ctrl-C'
+        """Why the run must stop after this step (`CTRL_C`, `SIGTERM`), or ''. When one process of a run must, all do.
+
+        JAX's coordination service tells all processes of a SIGTERM, or a cloud's notice, that one of them got; they agree on
+        the step.
+        """
+        several = jax.process_count() > 1
+        if self._by_ctrl_c and not several:
+            return CTRL_C
         if jax.distributed.is_initialized() and multihost_utils.reached_preemption_sync_point(step):
-            return 'SIGTERM'
+            return CTRL_C if self._by_ctrl_c else SIGTERM
         return ''
 
     def ctrl_c(self, *_: object) -> None:
@@ -32,10 +39,7 @@ class StopRequest:
         self._by_ctrl_c = True
         sys.stderr.write('\nvora: finishing the step, then saving; Ctrl-C again aborts.\n')
         if jax.process_count() > 1:
-            # One process must not leave alone: SIGTERM makes all of them agree on a step.
-            self._by_ctrl_c = False
-            signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)  # one process must not leave alone
 
 
 @contextlib.contextmanager

@@ -4,26 +4,33 @@ import contextlib
 import dataclasses
 import json
 import logging
-import pathlib
 import time
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import numpy as np
 
 from vora_jax.params import count
-from vora_jax.training import checkpoint, init_from, sharding
+from vora_jax.training import checkpoint, guard, init_from, sharding, wandb_run
 from vora_jax.training import state as state_lib
+from vora_jax.training.attend import language_attention
 from vora_jax.training.checkpoint import Record
 from vora_jax.training.checkpoint_writer import Writer
+from vora_jax.training.clock import Clock
 from vora_jax.training.config import Train, validate
-from vora_jax.training.interrupt import stop_request
+from vora_jax.training.interrupt import CTRL_C, stop_request
 from vora_jax.training.losses import BY_SOURCE
 from vora_jax.training.metrics import Log
 from vora_jax.training.prefetch import Prefetch
+from vora_jax.training.profile import Profile
 from vora_jax.training.program import build
 from vora_jax.training.resume import check_same_data, check_same_run, find_last, restore_run
+from vora_jax.training.row_shards import check_rows, row_shard
 from vora_jax.training.run_data import open_data
+from vora_jax.training.storage import to_path
+from vora_jax.training.watchdog import DATA, SAVING, STEP, watching
+from vora_jax.training.yardstick import yardstick
 from vora_jax.types import UserError
 
 log = logging.getLogger(__name__)
@@ -31,25 +38,31 @@ log = logging.getLogger(__name__)
 IN_FLIGHT = 2  # steps the host may run ahead of the devices: hides its own work, yet Ctrl-C acts at once
 
 
-def train(config: Train, config_text: str, workdir: str, parse: Callable[[str], Train]) -> bool:
+def train(
+    config: Train, config_text: str, workdir: str, parse: Callable[[str], Train], hang: Callable[[str], None] | None = None,
+) -> Literal['complete', 'preempted', 'interrupted']:
     """Runs one stage, or resumes it where the last checkpoint left it.
 
     Args:
         config: the run.
         config_text: its resolved text, saved with every checkpoint.
-        workdir: folder of the run.
+        workdir: folder of the run, local or of an object store (gs://...).
         parse: gives the `Train` of a resolved text, to compare with the run that the workdir holds.
+        hang: ends all processes of a run in which nothing moves, for the reason it is given; this process alone by default.
 
     Returns:
-        True when the run is complete, False when it was asked to stop and can be resumed.
+        What ended it: there is no step left, a scheduler's notice (SIGTERM), or Ctrl-C. After the last two the run is saved
+        and can be resumed.
 
     Raises:
         UserError: a value that makes no sense, a workdir of another run, too many bad samples.
     """
+    begun = time.time()
     validate(config)
-    folder = pathlib.Path(workdir)
+    wandb_run.raise_if_missing(config.wandb)
+    folder = to_path(workdir)
     mesh = sharding.make_mesh(config.mesh)
-    sharding.check_rows(config, mesh)
+    check_rows(config, mesh)
     sharding.check_slots(config, mesh)
 
     # 1. What does the workdir hold?
@@ -58,23 +71,24 @@ def train(config: Train, config_text: str, workdir: str, parse: Callable[[str], 
         before = check_same_run(record, config, config_text, folder, parse)
         if record.step >= config.steps:
             log.info('%s is complete: %d of %d steps are done.', folder, record.step, config.steps)
-            return True
+            return 'complete'
 
     # 2. Data, read ahead in a thread.
-    data = open_data(config, folder)
+    data = open_data(config, folder, row_shard(mesh))
     if record:
         check_same_data(record, data.manifest, before, config)
         data.set_state(record.data)
     if jax.process_index() == 0:  # only now: a refused run leaves the workdir as it was
         checkpoint.write_config(folder, config_text)
         checkpoint.copy_tokenizer(config.data.tokenizer, folder)
-    writer = Writer(folder, config.checkpoint.keep_last)
+    writer = Writer(folder, config.checkpoint.keep_last, config.checkpoint.keep_every_steps)
 
     with (
         contextlib.closing(data),
         contextlib.closing(Prefetch(data, sharding.rows(mesh))) as batches,
         sharding.use(mesh),
         stop_request() as stop,
+        watching(config.hang_seconds, folder, hang) as watchdog,
     ):
         # 3. Model, optimizer and weights: restored, or new.
         ready = next(batches)
@@ -89,17 +103,21 @@ def train(config: Train, config_text: str, workdir: str, parse: Callable[[str], 
         begin = record = dataclasses.replace(record, config_text=config_text)
         num_trainable, num_frozen = count(state.trainable), count(frozen)
         log.info('training %s of %s parameters', f'{num_trainable:,}', f'{num_trainable + num_frozen:,}')
-        told = sharding.language_attention(plan.model, plan.batch, mesh, config.attention)
+        told = language_attention(plan.model, plan.batch, mesh, config.attention)
         if told:
             log.info('attention: %s', told)
 
         # 4. Steps. Nothing here waits for the devices, except to keep the host from running far ahead of
         # them.
-        progress = Log(folder, record.step, config.steps)
+        clock, profile = Clock(), Profile(folder, config.profile_steps)
+        progress = Log(folder, record.step, config.steps, yardstick(config, plan, ready.batch, mesh), clock, begun,
+                       config.wandb, config_text)
         started = time.perf_counter() - record.seconds
         done, pending, in_flight, trouble = record.step, [], collections.deque(), None
+        streak, saved = guard.Streak(config.guard.max_skips), record.step
         while done < config.steps and not trouble:
-            state, metrics = program.step(state, frozen, ready.batch)
+            with profile.step(done + 1, in_flight):
+                state, metrics = program.step(state, frozen, ready.batch)
             done, position = done + 1, ready.position
             pending.append(metrics)
             in_flight.append(metrics['loss'])
@@ -107,14 +125,18 @@ def train(config: Train, config_text: str, workdir: str, parse: Callable[[str], 
                 jax.block_until_ready(metrics)
                 progress.start_clock()
             if len(in_flight) > IN_FLIGHT:
-                in_flight.popleft().block_until_ready()
+                with clock.part('device'):
+                    in_flight.popleft().block_until_ready()
+            profile.end(done, metrics)
             writer.check()
 
             # 5. The next batch. Trouble of any kind ends the loop after this step, with a checkpoint.
             trouble = stop.at(done)
+            watchdog.beat(DATA, done)
             if done < config.steps and not trouble:
                 try:
-                    ready = next(batches)
+                    with clock.part('data'):
+                        ready = next(batches)
                 except UserError as error:
                     if jax.process_count() > 1:  # the others go on: there is no step that all could save
                         raise
@@ -124,36 +146,53 @@ def train(config: Train, config_text: str, workdir: str, parse: Callable[[str], 
             # those read.
             saves = done == config.steps or trouble or done % config.checkpoint.every_steps == 0
             if saves or done % config.log_every == 0:
-                row, pending = progress.write(done, jax.device_get(pending)), []
+                with clock.part('device'):
+                    steps, pending = jax.device_get(pending), []
+                row, failed = progress.write(done, steps), streak.read(done, steps)
+                profile.look(done)
                 record = dataclasses.replace(
                     record, step=done, data=position, seconds=time.perf_counter() - started,
                     num_samples=record.num_samples + row['num_samples'],
                     bad_samples=record.bad_samples + row['bad_samples'],
                     by_source=_add(record.by_source, [row[name] for name in BY_SOURCE]),
                 )
-                trouble = trouble or _too_many_bad(record, begin, config.data.max_bad_fraction, data.num_samples)
-            if saves or trouble:
-                writer.save(record, state.trainable, state.opt_state)
+                trouble = (failed or trouble
+                           or _too_many_bad(record, begin, config.data.max_bad_fraction, data.num_samples))
+                # A restarted run that fails again at once does not push out good steps by copies of the last one.
+                learned = streak.number < done - saved
+                watchdog.beat(SAVING, done)
+                if (saves or trouble) and (learned or not failed):
+                    with clock.part('save'):
+                        writer.save(record, state.trainable, (state.opt_state, state.health))
+                    saved = done
+            watchdog.beat(STEP, done + 1)
 
         # 7. The end: of the run, or of this part of it.
-        progress.close()
-        if jax.process_index() == 0 and done == config.steps:
+        profile.close(done)
+        watchdog.beat(SAVING, done)
+        with clock.part('save'):
+            writer.close()
+        goodput = progress.close(done == config.steps and not failed)
+        if goodput:
+            log.info('%s', goodput)
+        if jax.process_index() == 0 and done == config.steps and not failed:
             summary = {
                 'steps': done, 'seconds': record.seconds, 'loss': row['loss'],
                 'trainable_params': num_trainable, 'total_params': num_trainable + num_frozen,
                 'tokens_per_second': progress.tokens_per_second, **progress.padding,
+                'goodput': goodput.share, 'wall_seconds': goodput.wall, 'lost_seconds': goodput.lost,
                 'epochs': data.epoch(record.data),
                 'num_samples': record.num_samples, 'bad_samples': record.bad_samples,
                 **{name: dict(zip(data.source_names, counts)) for name, counts in zip(BY_SOURCE, record.by_source)},
             }
             (folder / 'summary.json').write_text(json.dumps(summary, indent=1) + '\n')
-        writer.wait()
     if isinstance(trouble, UserError):
-        raise UserError(f'{trouble} Step {done} is saved; the same command resumes there.')
-    if done < config.steps:
-        log.info('stopped by %s: step %d of %d is saved; run the same command to '
-                 'resume.', trouble, done, config.steps)
-    return done == config.steps
+        told = f'Step {saved} is saved; the same command resumes there.' if saved else 'No step is saved.'
+        raise UserError(f'{trouble} {told}')
+    if done == config.steps:
+        return 'complete'
+    log.info('stopped by %s: step %d of %d is saved; run the same command to resume.', trouble, done, config.steps)
+    return 'interrupted' if trouble == CTRL_C else 'preempted'
 
 
 def _add(before: list[list[int]], more: list[list[int]]) -> list[list[int]]:

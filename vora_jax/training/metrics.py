@@ -1,158 +1,105 @@
-"""Metrics: JSON lines, TensorBoard, progress bar."""
-import json
-import os
-import pathlib
-import statistics
-import sys
+"""Where the rows of a run go: metrics.jsonl, TensorBoard, W&B, terminal."""
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-import tqdm
 
-from vora_jax.training.losses import BY_SOURCE
+from vora_jax.training import json_lines, wandb_run
+from vora_jax.training.board import open_board
+from vora_jax.training.clock import Clock, Split
+from vora_jax.training.goodput import Goodput, History
+from vora_jax.training.progress import Progress
+from vora_jax.training.rows import median, memory, summarise, timing
+from vora_jax.training.storage import Path
+from vora_jax.training.yardstick import Yardstick
 
-SUMS = ('num_target_tokens', 'num_text_tokens', 'num_vision_tokens', 'num_samples', 'bad_samples', 'dropped_turns',
-        *BY_SOURCE)
-LATEST = ('lr',)
-
-
-def summarise(rows: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Any]:
-    """One row for several steps: counts are summed, the learning rate is the last, all else is the mean."""
-    row: dict[str, Any] = {}
-    for name in rows[0]:
-        values = np.stack([np.asarray(step[name]) for step in rows])
-        if name in SUMS:
-            row[name] = values.sum(axis=0).tolist()
-        elif name in LATEST:
-            row[name] = float(values[-1])
-        else:
-            row[name] = values.mean(axis=0, dtype=np.float64).tolist()
-    return row
+PADDING = ('pad_fraction', 'patch_pad_fraction')
 
 
 class Log:
-    """Where the rows of a run go: workdir/metrics.jsonl, TensorBoard if it is installed, and the terminal.
+    """Turns steps into rows and hands them on; only the first process writes.
 
-    Only the first process writes. Rows after the resumed step are cut off: they will be written again.
+    Rows after the resumed step are cut off: they will be written again.
     """
 
-    def __init__(self, workdir: pathlib.Path, start: int, steps: int):
+    def __init__(self, workdir: Path, start: int, steps: int, yardstick: Yardstick, clock: Clock,
+                 begun: float | None = None, project: str = '', config_text: str = ''):
+        """Opens the files of a run.
+
+        Args:
+            start, steps: steps done, steps of the whole run.
+            clock: whose time the rows tell of; the caller marks its parts.
+            begun: when the process started, in seconds since 1970; now, if None.
+            project, config_text: as `wandb_run.open_run` has them.
+        """
+        self._yardstick, self._clock = yardstick, clock
         self._rates: list[float] = []
-        self._pad: dict[str, list[float]] = {'pad_fraction': [], 'patch_pad_fraction': []}
-        self._steps, self._untimed, self._since = steps, 0, None
-        self._on = jax.process_index() == 0
-        if self._on:
+        self._shares: dict[str, list[float]] = {name: [] for name in PADDING}
+        self._untimed, self._running = 0, False
+        self._sinks, self._history = [], None
+        if jax.process_index() == 0:
             path = workdir / 'metrics.jsonl'
-            _truncate(path, start)
-            self._file = open(path, 'a', encoding='utf-8')
-            self._board = _Board.open(workdir / 'tensorboard', start)
-            # A bar needs a terminal; a log file gets a line for each row instead.
-            self._bar = tqdm.tqdm(total=steps, initial=start, unit='step', dynamic_ncols=True, disable=None)
+            rows = json_lines.read_rows(path)
+            # First, so that a process killed in between leaves at worst the same rows to count again.
+            self._history = History(workdir, time.time() if begun is None else begun, start, rows)
+            json_lines.rewrite(path, [row for row in rows if row.get('step', start + 1) <= start])
+            sinks = (json_lines.JsonLines(path), open_board(str(workdir / 'tensorboard'), start),
+                     wandb_run.open_run(project, workdir, config_text), Progress(start, steps))
+            self._sinks = [sink for sink in sinks if sink]
 
     @property
     def tokens_per_second(self) -> float:
         """Median over the rows so far; 0 before there is one."""
-        return statistics.median(self._rates) if self._rates else 0.0
+        return median(self._rates)
 
     @property
     def padding(self) -> dict[str, float]:
         """Mean shares of slots, and of places for patches where there are any, that are padding."""
-        return {name: statistics.fmean(values) for name, values in self._pad.items() if values}
+        return {name: float(np.mean(values)) for name, values in self._shares.items() if values}
+
+    @property
+    def goodput(self) -> Goodput | None:
+        """Of the run until now; None but in the first process."""
+        return self._history.goodput() if self._history else None
 
     @property
     def waits_for_first_step(self) -> bool:
         """True until `start_clock`."""
-        return self._since is None
+        return not self._running
 
     def start_clock(self) -> None:
         """Call when the first step is complete: it held the compilation and does not count."""
-        self._untimed, self._since = 1, time.perf_counter()
+        self._untimed, self._running = 1, True
+        self._clock.take()
+        if self._history:
+            self._history.stepping()
 
     def write(self, step: int, steps: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Any]:
-        """Adds and returns one row for the given steps, which end with number `step`."""
-        row = {'step': step, **summarise(steps)}
-        now = time.perf_counter()
-        timed, elapsed = steps[self._untimed:], now - self._since
-        self._untimed, self._since = 0, now
-        for name, values in self._pad.items():
+        """Adds and returns one row for the given steps, which end with number `step` and are complete."""
+        split, timed = self._clock.take(), steps[self._untimed:]
+        self._untimed = 0
+        row = {'step': step, **summarise(steps), **timing(timed, split, self._yardstick), **memory()}
+        for name, values in self._shares.items():
             values += [float(one[name]) for one in steps if name in one]
-        if timed:
-            tokens = sum(int(one['num_text_tokens']) + int(one['num_vision_tokens']) for one in timed)
-            row['tokens_per_second'] = tokens / elapsed
-            self._rates.append(tokens / elapsed)
-        if self._on:
-            self._file.write(json.dumps(row) + '\n')
-            self._file.flush()
-            if self._board:
-                self._board.write(step, row)
-            self._show(row, elapsed / len(timed) if timed else 0.0)
+        if 'tokens_per_second' in row:
+            self._rates.append(row['tokens_per_second'])
+        if self._history:
+            if timed:  # else nothing tells the next process of this time
+                self._history.spend(split)
+            row['goodput'] = self._history.goodput().share
+        for sink in self._sinks:
+            sink.write(row)
         return row
 
-    def close(self) -> None:
-        if self._on:
-            self._bar.close()
-            self._file.close()
-            if self._board:
-                self._board.close()
-
-    def _show(self, row: dict[str, Any], seconds_per_step: float) -> None:
-        told = f'loss {row["loss"]:.4f}, {row.get("tokens_per_second", 0):,.0f} tokens/s'
-        if not self._bar.disable:
-            self._bar.set_postfix_str(told, refresh=False)
-            self._bar.update(row['step'] - self._bar.n)
-        else:
-            left = tqdm.tqdm.format_interval((self._steps - row['step']) * seconds_per_step)
-            print(f'step {row["step"]}/{self._steps}, {told}, {left} left', file=sys.stderr, flush=True)
-
-
-def _truncate(path: pathlib.Path, last: int) -> None:
-    """Keeps the rows up to step `last`; a line that a killed process left unfinished goes too."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding='utf-8').splitlines():
-        try:
-            if json.loads(line)['step'] <= last:
-                kept.append(line + '\n')
-        except (ValueError, KeyError, TypeError):
-            break
-    temporary = path.with_suffix('.tmp')
-    temporary.write_text(''.join(kept), encoding='utf-8')
-    os.replace(temporary, path)
-
-
-class _Board:
-    """TensorBoard event files, by TensorBoard's own writer (no TensorFlow)."""
-
-    def __init__(self, folder: pathlib.Path, start: int, writer: Any, event_pb2: Any, summary_pb2: Any):
-        self._writer = writer.EventFileWriter(str(folder))
-        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
-        # Tells TensorBoard to forget what an earlier process wrote for later steps.
-        restart = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        self._writer.add_event(self._event(wall_time=time.time(), step=start + 1, session_log=restart))
-
-    @staticmethod
-    def open(folder: pathlib.Path, start: int) -> '_Board | None':
-        """None where the `tensorboard` extra is not installed."""
-        try:
-            from tensorboard.compat.proto import event_pb2, summary_pb2
-            from tensorboard.summary.writer import event_file_writer
-        except ImportError:
-            return None
-        return _Board(folder, start, event_file_writer, event_pb2, summary_pb2)
-
-    def write(self, step: int, row: Mapping[str, Any]) -> None:
-        values = []
-        for name, value in row.items():
-            many = value if isinstance(value, list) else [value]
-            for i, one in enumerate(many):
-                tag = f'{name}/{i}' if isinstance(value, list) else name
-                values.append(self._summary.Value(tag=tag, simple_value=float(one)))
-        event = self._event(wall_time=time.time(), step=step, summary=self._summary(value=values))
-        self._writer.add_event(event)
-
-    def close(self) -> None:
-        self._writer.close()
+    def close(self, complete: bool) -> Goodput | None:
+        """Ends all files; the run's goodput, in the first process."""
+        goodput = None
+        for sink in self._sinks:
+            sink.close()
+        if self._history:
+            self._history.spend(Split(0.0, 0.0, self._clock.take().save, 0.0))  # the last checkpoint
+            goodput = self._history.goodput()
+            self._history.close(complete)
+        return goodput

@@ -1,13 +1,15 @@
 """The compiled step of a configured run."""
+import functools
 from typing import Any, NamedTuple
 
 import jax
 
-from vora_jax.training import sharding
+from vora_jax.training import row_shards, sharding
 from vora_jax.training import state as state_lib
-from vora_jax.training.config import Train
+from vora_jax.training.config import HowToGather, Train
+from vora_jax.training.gather import in_shards
 from vora_jax.training.optimizer import schedule
-from vora_jax.training.step import Step, compile_step, make_step
+from vora_jax.training.step import Gradient, Step, compile_step, make_step
 
 
 class Program(NamedTuple):
@@ -24,11 +26,25 @@ def build(config: Train, batch: Any, mesh: jax.sharding.Mesh) -> Program:
     Raises:
         UserError: rows or slots that do not divide over the mesh, or as `state.plan` has it.
     """
-    sharding.check_rows(config, mesh)
+    row_shards.check_rows(config, mesh)
     sharding.check_slots(config, mesh)
     stage, rows = config.method.stage(config.stage), config.batch_rows // config.accumulation
     micro = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), batch)
-    plan = state_lib.plan(stage, config.optimizer, micro, mesh, config.frozen_dtype, config.attention)
+    how = config.mesh.gather
+    plan = state_lib.plan(stage, config.optimizer, micro, mesh, config.frozen_dtype, config.attention, how)
     step = make_step(plan.model, plan.optimizer, schedule(config.optimizer), stage.distill_weight, config.accumulation,
-                     config.seed)
+                     config.seed, config.guard.max_sigmas, functools.partial(placed, plan=plan, mesh=mesh, how=how))
     return Program(plan, compile_step(step, plan.state_shardings, plan.frozen_shardings, mesh))
+
+
+def placed(gradient: Gradient, plan: state_lib.Plan, mesh: jax.sharding.Mesh, how: HowToGather) -> Gradient:
+    """The gradient of a micro-batch as it is computed on a mesh: each device ends with those of its shards."""
+    trainable = plan.state_shardings.trainable
+    if how == 'two_hop':
+        return in_shards(gradient, trainable, plan.frozen_shardings, mesh)
+
+    def compute(*inputs):
+        sums, gradients = gradient(*inputs)
+        return sums, jax.lax.with_sharding_constraint(gradients, trainable)
+
+    return compute

@@ -1,10 +1,10 @@
 """What a checkpoint holds besides arrays."""
 
 import dataclasses
-import pathlib
 
 from orbax.checkpoint.experimental import v1 as ocp
 
+from vora_jax.training.storage import Path, absolute
 from vora_jax.types import UserError
 
 FORMAT = 1
@@ -41,9 +41,9 @@ class Record:
     format: int = FORMAT
 
 
-def read_record(folder: pathlib.Path) -> Record:
+def read_record(folder: Path) -> Record:
     """The record of a step."""
-    stored = dict(ocp.checkpointables_metadata(folder.absolute()).custom_metadata or {})
+    stored = dict(ocp.checkpointables_metadata(absolute(folder)).custom_metadata or {})
     if stored.get('format') != FORMAT:
         raise UserError(f'{folder} has the layout {stored.get("format")}, but this version reads {FORMAT}; '
                         'use the version '

@@ -1,38 +1,34 @@
 """What a workdir holds of a run, taken up again."""
 import logging
-import pathlib
 from collections.abc import Callable
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
-from vora_jax.training import checkpoint
+from vora_jax.training import checkpoint, workdir
 from vora_jax.training import state as state_lib
 from vora_jax.training.config import Train
 from vora_jax.training.config_changes import changed_binding, differences, first_difference
-from vora_jax.training.record import Record
+from vora_jax.training.record import Record, read_record
+from vora_jax.training.storage import Path
 from vora_jax.types import Params, UserError
 
 log = logging.getLogger(__name__)
 
 
-def find_last(folder: pathlib.Path) -> Record | None:
-    """The record of the latest good step; the first process looks, all agree."""
-    step = checkpoint.latest_step(folder) if jax.process_index() == 0 else None
-    if jax.process_count() > 1:
-        step = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if step is None else step)))
-        step = None if step < 0 else step
+def find_last(folder: Path) -> Record | None:
+    """The record of the latest good step; all processes look together, and agree."""
+    step = workdir.latest_step(folder)
     if step is None:
         return None
-    record = checkpoint.read_record(checkpoint.step_folder(folder, step))
+    record = read_record(workdir.step_folder(folder, step))
     if record.origin != 'train':
         raise UserError(f'{folder} holds the result of {record.origin}; give a new --workdir, and '
                         f'--init-from {folder} to start from it.')
     return record
 
 
-def check_same_run(record: Record, config: Train, config_text: str, folder: pathlib.Path, parse: Callable) -> Train:
+def check_same_run(record: Record, config: Train, config_text: str, folder: Path, parse: Callable) -> Train:
     """The configuration that wrote the record; UserError unless `config` continues its run."""
     before = parse(record.config_text)
     other = first_difference(before, config)
@@ -57,14 +53,13 @@ def check_same_data(record: Record, manifest: str, before: Train, config: Train)
                     'version of vora packed them); restore it, or give a new --workdir.')
 
 
-def restore_run(plan: state_lib.Plan, record: Record, folder: pathlib.Path) -> tuple[state_lib.State, Params]:
+def restore_run(plan: state_lib.Plan, record: Record, folder: Path) -> tuple[state_lib.State, Params]:
     """(state, frozen weights) of the step that the record tells of, placed as the plan says."""
-    shapes = {'trainable': plan.state.trainable, 'optimizer': plan.state.opt_state}
-    parts = checkpoint.restore(checkpoint.step_folder(folder, record.step), shapes)
+    shapes = {'trainable': plan.state.trainable, 'optimizer': (plan.state.opt_state, plan.state.health)}
+    parts = checkpoint.restore(workdir.step_folder(folder, record.step), shapes)
     step = jax.jit(lambda: np.int32(record.step), out_shardings=plan.state.step.sharding)()
     frozen: Params = {}
     if record.frozen:
-        source = checkpoint.frozen_folder(folder, record.frozen)
-        checkpoint.raise_if_damaged(source)
+        source = workdir.sound_frozen(folder, record.frozen, workdir.step_folder(folder, record.step))
         frozen = checkpoint.restore(source, {'frozen': plan.frozen})['frozen']
-    return state_lib.State(step, parts['trainable'], parts['optimizer']), frozen
+    return state_lib.State(step, parts['trainable'], *parts['optimizer']), frozen

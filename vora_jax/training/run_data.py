@@ -1,13 +1,15 @@
 """The batches of a run."""
 import functools
 import logging
-import pathlib
 
 import jax
 import tqdm
 
 from vora_jax.data import loader
 from vora_jax.training.config import Train
+from vora_jax.training.row_shards import RowShard
+from vora_jax.training.storage import Path, local_side
+from vora_jax.training.workdir import fetch_quarantine
 from vora_jax.types import UserError
 
 log = logging.getLogger(__name__)
@@ -15,21 +17,25 @@ log = logging.getLogger(__name__)
 LOOSE = 0.15  # share of padding from which another budget is proposed
 
 
-def open_data(config: Train, folder: pathlib.Path) -> loader.Loader:
+def open_data(config: Train, folder: Path, shard: RowShard) -> loader.Loader:
     """This process's share of the batches, at their beginning; tells how large an epoch is.
 
     Args:
         config: the run.
-        folder: its workdir: keeps `data/`, the index and plans, and `quarantine.jsonl`, what could not be used.
+        shard: the rows that this process reads.
+        folder: its workdir: keeps `data/`, the index and plans, and `quarantine.jsonl`, what could not be used. For a remote
+            one they lie on this machine, and the second is copied there with each checkpoint.
     Raises:
         UserError: the data cannot be used, or its tokenizer has more ids than the model.
     """
     index, count = jax.process_index(), jax.process_count()
     quarantine = 'quarantine.jsonl' if index == 0 else f'quarantine-{index:05}.jsonl'
     progress = functools.partial(tqdm.tqdm, leave=False, disable=None if index == 0 else True, unit='chunk')
+    fetch_quarantine(folder)
+    folder = local_side(folder)
     folder.mkdir(parents=True, exist_ok=True)
     data = loader.batches(
-        config.data, config.method.vision_tokens, config.batch_rows, config.seed, (index, count), config.workers,
+        config.data, config.method.vision_tokens, config.batch_rows, config.seed, shard, config.workers, process=(index, count),
         quarantine=str(folder / quarantine), cache=str(folder / 'data'), progress=progress)
     vocab_size = config.method.stage(config.stage).model.vocab_size
     if data.vocab_size > vocab_size:

@@ -1,47 +1,48 @@
-"""Mesh, axis rules, and sharded attention.
+"""Mesh, axis rules, where parameters and rows lie.
 
-The only file that knows mesh axes. The model names the dimensions of its parameters ('vocab', 'embed', ...);
-`RULES` says which mesh axes each name is cut over.
+The model names the dimensions of its parameters and activations ('vocab', 'embed', ...) and knows no mesh; this file says
+which mesh axes each name is cut over, `training.gather` how cut parameters are made whole where they are used, and
+`training.attend` how attention is cut.
 """
 import contextlib
-import functools
 import math
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 import flax.linen as nn
 import jax
-import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from vora_jax.batch import Batch
-from vora_jax.ops.attention import Choice, Implementation, attention, resolve
-from vora_jax.ops.ring_attention import ring_attention
-from vora_jax.params import flatten
+from vora_jax.params import flatten, unflatten
 from vora_jax.training import config as config_lib
-from vora_jax.types import Array, KeyRange, Params, UserError
+from vora_jax.types import Params, UserError
 
 AXES = ('data', 'fsdp', 'context', 'tensor')
 ROWS = ('data', 'fsdp')  # mesh axes the rows of a batch are cut over
 
-# Logical name -> mesh axes. A mesh axis is used once per parameter and the first rule wins, so 'vocab' takes
-# 'fsdp' from 'embed': cutting the embedding table's width over 'fsdp' makes XLA gather the whole table in
-# each step.
+# Logical name -> mesh axes.
 RULES = (
-    ('batch', ROWS),
-    ('vocab', ('fsdp', 'tensor')),
+    # Parameters: a layer's work is cut over heads, MLP and vocabulary.
+    ('vocab', 'tensor'),
     ('heads', 'tensor'),
     ('kv', 'tensor'),
     ('mlp', 'tensor'),
-    ('embed', 'fsdp'),
-    ('vision', None),
-    ('pixels', None),
-    ('layers', None),
-    ('rank', None),
-    ('slots', None),
-    ('head_dim', None),
+    # Activations: rows and slots.
+    ('batch', ROWS),
+    ('slots', 'context'),
+    ('patches', None),
+    ('width', None),
+    # Rows of an embedding table are looked up by the devices that hold a slice of its width, for the rows of all of them:
+    # the table is never gathered.
+    ('rows_of_all', 'data'),
+    ('slice', 'fsdp'),
 )
+# Besides, 'fsdp' cuts each matrix over the first of these dimensions that it divides. Vectors are whole everywhere, and so
+# is a matrix with a dimension of no name: too small to be worth gathering.
+CUT_FIRST = ('embed', 'vision', 'rank', 'vocab', 'mlp', 'heads', 'kv')
+MAX_WHOLE = 2**22  # elements of a matrix that may stay uncut where no dimension divides
 
 
 def make_mesh(config: config_lib.Mesh, devices: list[Any] | None = None) -> jax.sharding.Mesh:
@@ -59,7 +60,20 @@ def make_mesh(config: config_lib.Mesh, devices: list[Any] | None = None) -> jax.
     sizes = [len(devices) // known if size == -1 else size for size in sizes]
     if math.prod(sizes) != len(devices):
         raise UserError(f'{told} does not fit {len(devices)} devices; their product must be that number.')
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES), devices=devices)
+    if config.gather == 'two_hop' and sizes[2] * sizes[3] > 1:
+        raise UserError(f"Mesh.gather = 'two_hop' is for rows and parameters alone; set Mesh.context = {sizes[2]} and "
+                        f'Mesh.tensor = {sizes[3]} to 1, or leave Mesh.gather out.')
+    types = (jax.sharding.AxisType.Auto,) * len(AXES)
+    slices = len({getattr(device, 'slice_index', 0) for device in devices})
+    if slices == 1:
+        placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+        return jax.sharding.Mesh(placed, AXES, axis_types=types)
+    # Between slices lies the slow network: only replicas, which exchange gradients alone, may be that far apart.
+    if sizes[0] % slices:
+        raise UserError(f'Mesh.data = {sizes[0]} is cut over {slices} slices; choose a multiple of {slices}.')
+    placed = mesh_utils.create_hybrid_device_mesh((sizes[0] // slices, *sizes[1:]), (slices, 1, 1, 1), devices,
+                                                  allow_split_physical_axes=True)
+    return jax.sharding.Mesh(placed, AXES, axis_types=types)
 
 
 @contextlib.contextmanager
@@ -67,24 +81,6 @@ def use(mesh: jax.sharding.Mesh) -> Iterator[None]:
     """Makes the mesh and the rules ambient, for Linen's logical constraints and `shard_map`."""
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
         yield
-
-
-def check_rows(config: config_lib.Train, mesh: jax.sharding.Mesh) -> None:
-    """Raises UserError unless the rows of a micro-batch divide over the mesh and each lies in one process."""
-    rows, parts = config.batch_rows // config.accumulation, mesh.shape['data'] * mesh.shape['fsdp']
-    if rows % parts:
-        raise UserError(
-            f'Train.batch_rows / Train.accumulation is {rows} rows, which the {parts} devices of the mesh '
-            'axes data '
-            f'({mesh.shape["data"]}) and fsdp ({mesh.shape["fsdp"]}) do not divide; choose a multiple of '
-            f'{parts}.'
-        )
-    readers: dict[tuple[int, ...], set[int]] = {}
-    for place, device in np.ndenumerate(mesh.devices):
-        readers.setdefault(place[:len(ROWS)], set()).add(device.process_index)
-    if max(map(len, readers.values())) > 1:
-        raise UserError('Mesh.context x Mesh.tensor devices share their rows, but some of them belong to different '
-                        'processes, which read different rows; choose a product that divides the devices of a process.')
 
 
 def check_slots(config: config_lib.Train, mesh: jax.sharding.Mesh) -> None:
@@ -95,26 +91,47 @@ def check_slots(config: config_lib.Train, mesh: jax.sharding.Mesh) -> None:
                         f'choose a multiple of {parts}.')
 
 
-def param_shardings(boxed: Params, mesh: jax.sharding.Mesh) -> Params:
-    """Shardings of a tree of boxed shapes (`jax.eval_shape` of `model.init`), by the logical names in the
-    boxes.
+def param_shardings(boxed: Params, mesh: jax.sharding.Mesh, cut: tuple[str, ...] = ('fsdp',)) -> Params:
+    """Shardings of a tree of boxed shapes (`jax.eval_shape` of `model.init`), by the logical names in the boxes.
+
+    Args:
+        cut: the mesh axes that, as one, cut matrices into shards.
 
     Raises:
-        UserError: a dimension that its mesh axes do not divide.
+        UserError: a dimension that Mesh.tensor does not divide, or a large matrix that `cut` does not.
     """
-    shardings = nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, RULES)
+    specs = flatten(nn.logical_to_mesh(nn.get_partition_spec(boxed), RULES))
     shapes = flatten(unbox(boxed))
-    for path, sharding in flatten(shardings).items():
-        for dim, axes in enumerate(sharding.spec):
-            axes = (axes,) if isinstance(axes, str) else tuple(axes or ())
-            parts = math.prod(mesh.shape[axis] for axis in axes)
-            if shapes[path].shape[dim] % parts:
-                raise UserError(
-                    f'Mesh: dimension {dim} of {path} has size {shapes[path].shape[dim]}, which the {parts} '
-                    'devices '
-                    f'of {" x ".join(axes)} do not divide; choose a smaller mesh axis.'
-                )
-    return shardings
+    names = {path: _names(leaf) for path, leaf in flatten(boxed).items()}
+    return unflatten({path: NamedSharding(mesh, _spec(path, shape.shape, names[path], specs[path], mesh, cut))
+                      for path, shape in shapes.items()})
+
+
+def _names(leaf: Any) -> tuple[str | None, ...]:
+    return leaf.names if _is_box(leaf) else ()
+
+
+def _spec(path: str, shape: tuple[int, ...], names: tuple[str | None, ...], spec: P, mesh: jax.sharding.Mesh,
+          cut: tuple[str, ...]) -> P:
+    """The dimension of one parameter that each mesh axis cuts."""
+    axes = [axis if axis and mesh.shape[axis] > 1 else None for axis in spec] + [None] * (len(shape) - len(spec))
+    for dim, axis in enumerate(axes):
+        if axis and shape[dim] % mesh.shape[axis]:
+            raise UserError(f'Mesh.{axis} = {mesh.shape[axis]} does not divide dimension {dim} of {path}, of size '
+                            f'{shape[dim]}; choose a smaller one.')
+    parts = math.prod(mesh.shape[axis] for axis in cut)
+    own = [name for name in names if name != 'layers']
+    if parts == 1 or len(own) < 2 or None in own:
+        return P(*axes)
+    for name in CUT_FIRST:
+        dim = names.index(name) if name in names else None
+        if dim is not None and axes[dim] is None and shape[dim] % parts == 0:
+            axes[dim] = cut if len(cut) > 1 else cut[0]
+            return P(*axes)
+    if math.prod(shape) > MAX_WHOLE:
+        raise UserError(f'Mesh: none of the dimensions of {path}, {" x ".join(map(str, shape))}, divides by the {parts} '
+                        f'devices of {" x ".join(cut)}; choose a smaller mesh axis.')
+    return P(*axes)
 
 
 def unbox(boxed: Params) -> Params:
@@ -158,78 +175,3 @@ def like_params(tree: Any, params: Params, shardings: Params, mesh: jax.sharding
 def to_device(tree: Any, sharding: NamedSharding) -> Any:
     """Device arrays of this process's rows of a batch (NumPy leaves)."""
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), tree)
-
-
-class AttentionCut(NamedTuple):
-    """How one call of attention lies on a mesh: specs of f[B, T, N, H] and f[B, S, K, H], whether keys go round a ring,
-    and what computes each shard."""
-
-    queries: P
-    keys: P
-    ring: bool
-    choice: Choice
-
-
-def cut_attention(mesh: jax.sharding.Mesh, q: Array, k: Array, v: Array, implementation: Implementation) -> AttentionCut:
-    """How a call with arrays (or shapes) like these lies on the mesh.
-
-    Rows are cut over data and fsdp, heads over tensor: no shard needs anything of another. Slots are cut over context:
-    those of queries and keys alike, with a ring, where both are as many (a row attends to itself); otherwise (a cache,
-    prompts, one query per image) each shard holds all keys. Queries that do not divide are whole on each shard too.
-
-    Raises:
-        UserError: the key/value heads do not divide, or a shard cannot be served by the implementation.
-    """
-    tensor, context = mesh.shape['tensor'], mesh.shape['context']
-    if k.shape[2] % tensor:
-        raise UserError(f'Mesh.tensor = {tensor} does not divide the {k.shape[2]} key/value heads.')
-    query_slots = None if q.shape[1] % context else 'context'
-    ring = context > 1 and query_slots is not None and q.shape[1] == k.shape[1]
-    queries, keys = P(ROWS, query_slots, 'tensor', None), P(ROWS, 'context' if ring else None, 'tensor', None)
-    shards = [jax.ShapeDtypeStruct(NamedSharding(mesh, spec).shard_shape(x.shape), x.dtype)
-              for x, spec in zip((q, k, v), (queries, keys, keys))]
-    try:
-        choice = resolve(*shards, implementation, mesh.devices.flat[0].platform)
-    except ValueError as error:
-        raise UserError(f'Train.attention = {implementation!r}: {error}') from error
-    return AttentionCut(queries, keys, ring, choice)
-
-
-def make_attend(mesh: jax.sharding.Mesh, implementation: Implementation = 'auto') -> Callable[..., Array]:
-    """`ops.attention.attention`, cut over the mesh by `cut_attention`; `implementation` is what its `auto` stands for.
-
-    `auto` itself is resolved for the mesh's devices, which may not be those of this process.
-    """
-    own = implementation
-
-    def attend(q: Array, k: Array, v: Array, key_range: KeyRange, *, implementation: Implementation = 'auto',
-               soft_cap: float | None = None) -> Array:
-        cut = cut_attention(mesh, q, k, v, own if implementation == 'auto' else implementation)
-        compute = functools.partial(ring_attention, axis='context') if cut.ring else attention
-        compute = functools.partial(compute, implementation=cut.choice.implementation, soft_cap=soft_cap)
-        if mesh.size == 1:
-            return compute(q, k, v, key_range)
-        slots = P(*cut.queries[:2])
-        # Unchecked: kernels do not tell which axes their results vary over.
-        shards = jax.shard_map(compute, mesh=mesh, in_specs=(cut.queries, cut.keys, cut.keys, KeyRange(slots, slots)),
-                               out_specs=cut.queries, check_vma=False)
-        return shards(q, k, v, key_range)
-
-    return attend
-
-
-def language_attention(model: Any, batch: Batch, mesh: jax.sharding.Mesh, implementation: Implementation) -> str:
-    """What computes the language model's attention and why, such as `xla (cpu has no kernel of its own)`; '' for a model
-    without one.
-
-    Raises:
-        UserError: as `cut_attention` has it.
-    """
-    llm = getattr(model, 'llm', None)
-    if llm is None:
-        return ''
-    q, k = (jax.ShapeDtypeStruct((*batch.tokens.shape, heads, llm.head_dim), llm.dtype)
-            for heads in (llm.num_heads, llm.num_kv_heads))
-    cut = cut_attention(mesh, q, k, k, implementation)
-    told = f'{cut.choice.implementation} ({cut.choice.reason})'
-    return told + f', keys in a ring of {mesh.shape["context"]} devices' if cut.ring else told

@@ -14,18 +14,22 @@ from vora_jax.batch import Batch
 from vora_jax.method import Stage
 from vora_jax.ops.attention import Implementation
 from vora_jax.params import flatten, partition, unflatten
+from vora_jax.training import guard, sharding
 from vora_jax.training import optimizer as optimizer_lib
-from vora_jax.training import sharding
-from vora_jax.training.config import Optimizer
+from vora_jax.training.attend import make_attend
+from vora_jax.training.config import HowToGather, Optimizer
+from vora_jax.training.gather import cut_axes, make_gather
 from vora_jax.types import Array, Params
 
 
 class State(NamedTuple):
-    """step: i32[] optimizer steps done.    trainable: f32 parameters.    opt_state: the optimizer's."""
+    """step: i32[] optimizer steps done, also skipped ones.    trainable: f32 parameters.    opt_state: the optimizer's.
+    health: what steps have looked like."""
 
     step: Array
     trainable: Params
     opt_state: Any
+    health: guard.Health
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +61,7 @@ class Plan:
 
 
 def plan(stage: Stage, config: Optimizer, batch: Batch, mesh: jax.sharding.Mesh, frozen_dtype: str,
-         attention: Implementation = 'auto') -> Plan:
+         attention: Implementation = 'auto', how: HowToGather = 'compiler') -> Plan:
     """The plan of a stage for batches shaped like `batch` (arrays or shapes; its rows must divide over the
     mesh).
 
@@ -65,11 +69,13 @@ def plan(stage: Stage, config: Optimizer, batch: Batch, mesh: jax.sharding.Mesh,
         UserError: a pattern matches no parameter, a dimension does not divide over the mesh, or `attention` cannot serve
             the model on it.
     """
-    model = stage.model.clone(attend=sharding.make_attend(mesh, attention))
+    model = stage.model.clone(attend=make_attend(mesh, attention, how))
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
     # The key is drawn inside: nothing runs, so that the devices may be those of a topology.
     boxed = jax.eval_shape(lambda batch: model.init(jax.random.key(0), batch), shapes)['params']
-    places = flatten(sharding.param_shardings(boxed, mesh))
+    places = flatten(sharding.param_shardings(boxed, mesh, cut_axes(how)))
+    stacked = flatten(sharding.num_stacked(boxed))
+    model = model.clone(gather=make_gather(places, stacked, _compute_dtype(model), how))
     trainable, frozen = partition(sharding.unbox(boxed), stage.trainable)
 
     def placed(tree: Params, dtype: Any) -> Params:
@@ -79,15 +85,17 @@ def plan(stage: Stage, config: Optimizer, batch: Batch, mesh: jax.sharding.Mesh,
         })
 
     trainable, frozen = placed(trainable, jnp.float32), placed(frozen, jnp.dtype(frozen_dtype))
-    optimizer = optimizer_lib.create(config, trainable, flatten(sharding.num_stacked(boxed)))
+    optimizer = optimizer_lib.create(config, trainable, stacked)
     opt_state = jax.eval_shape(optimizer.init, trainable)
     own_places = jax.tree.map(lambda s: s.sharding, trainable)
     opt_places = sharding.like_params(opt_state, trainable, own_places, mesh)
     opt_state = jax.tree.map(
         lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), opt_state, opt_places
     )
-    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh))
-    return Plan(model, shapes, State(step, trainable, opt_state), frozen, optimizer)
+    everywhere = sharding.replicated(mesh)
+    step, health = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=everywhere),
+                                jax.eval_shape(lambda: (jnp.int32(0), guard.start())))
+    return Plan(model, shapes, State(step, trainable, opt_state, health), frozen, optimizer)
 
 
 def create(plan: Plan, seed: int, taken: dict[str, np.ndarray]) -> tuple[State, Params]:
@@ -111,8 +119,8 @@ def create(plan: Plan, seed: int, taken: dict[str, np.ndarray]) -> tuple[State, 
     frozen = jax.tree.map(lambda path: flat[path], _paths(plan.frozen))
     shardings = plan.state_shardings
     opt_state = jax.jit(plan.optimizer.init, out_shardings=shardings.opt_state)(trainable)
-    step = jax.jit(lambda: jnp.int32(0), out_shardings=shardings.step)()
-    return State(step, trainable, opt_state), frozen
+    step, health = jax.jit(lambda: (jnp.int32(0), guard.start()), out_shardings=(shardings.step, shardings.health))()
+    return State(step, trainable, opt_state, health), frozen
 
 
 def place(array: np.ndarray, shape: jax.ShapeDtypeStruct) -> jax.Array:
@@ -121,6 +129,11 @@ def place(array: np.ndarray, shape: jax.ShapeDtypeStruct) -> jax.Array:
     return jax.make_array_from_callback(
         shape.shape, shape.sharding, lambda index: array[index].astype(shape.dtype)
     )
+
+
+def _compute_dtype(model: Any) -> jnp.dtype:
+    llm = getattr(model, 'llm', None)
+    return llm.dtype if llm else jnp.dtype('float32')
 
 
 def _paths(tree: Params) -> Params:

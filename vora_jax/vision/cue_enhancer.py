@@ -53,7 +53,7 @@ class CueEnhancerModule(nn.Module):
         batch, places, width = anchor.shape
 
         def linear(name, x, features, kernel_init=nn.initializers.zeros, bias_init=nn.initializers.zeros):
-            dense = AdaptedDense(features, ('vision', None), use_bias=True, kernel_init=kernel_init, bias_init=bias_init,
+            dense = AdaptedDense(features, ('vision', 'width'), use_bias=True, kernel_init=kernel_init, bias_init=bias_init,
                                  name=name)
             return dense(x, SlotContext(patches.key_range))
 

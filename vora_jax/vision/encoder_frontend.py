@@ -11,6 +11,7 @@ from vora_jax.batch import Patches
 from vora_jax.nn.adapted_dense import AdaptedDense
 from vora_jax.nn.modality_mixture import MixtureTable
 from vora_jax.nn.slots import SlotContext
+from vora_jax.nn.stack import Gather
 from vora_jax.ops.attention import attention
 from vora_jax.types import Array, UserError
 from vora_jax.vision.cue_enhancer import CueEnhancer, CueEnhancerModule
@@ -85,9 +86,10 @@ class EncoderFrontend:
         """Tokens made of each patch or [cls] slot, see `VisionTokenRule`."""
         return len(self.taps) if self.fusion == 'tokens' else 1
 
-    def module(self, width: int, attend: Callable, dtype: jnp.dtype, deterministic: bool = True) -> nn.Module:
+    def module(self, width: int, attend: Callable, dtype: jnp.dtype, deterministic: bool = True,
+               gather: Gather | None = None) -> nn.Module:
         """The Linen module, f[B, O, width] of `Patches`; O outputs are numbered as `VisionTokenRule.sources` says."""
-        return EncoderFrontendModule(self, width, attend, dtype, deterministic)
+        return EncoderFrontendModule(self, width, attend, dtype, deterministic, gather)
 
 
 class EncoderFrontendModule(nn.Module):
@@ -98,12 +100,13 @@ class EncoderFrontendModule(nn.Module):
     attend: Callable = attention
     dtype: jnp.dtype = jnp.float32
     deterministic: bool = True
+    gather: Gather | None = None
 
     @nn.compact
     def __call__(self, patches: Patches, adapters_on: Array | None = None) -> jax.Array:
         config, projector = self.config, self.config.projector
-        encoder = VisionTransformer(config.encoder, self.attend, self.dtype, config.mixtures, self.deterministic,
-                                    name='encoder')
+        encoder = VisionTransformer(config.encoder, self.attend, self.gather, self.dtype, config.mixtures,
+                                    self.deterministic, name='encoder')
         blocks = encoder(patches, adapters_on).blocks
         levels = [blocks[tap] for tap in config.taps]
         if config.select == 'cls':
@@ -122,6 +125,6 @@ class EncoderFrontendModule(nn.Module):
                 x = nn.silu(x) if projector.activation == 'silu' else nn.gelu(x, approximate=False)
             last = layer == projector.num_layers - 1
             width = self.width if last else projector.hidden_width or self.width
-            dense = AdaptedDense(width, ('embed', None), use_bias=projector.bias, name=f'projector_{layer}')
+            dense = AdaptedDense(width, ('embed', 'width'), use_bias=projector.bias, name=f'projector_{layer}')
             x = dense(x, SlotContext(patches.key_range))
         return x

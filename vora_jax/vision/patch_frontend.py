@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from vora_jax.batch import Patches
+from vora_jax.nn.stack import Gather
 from vora_jax.types import Array
 from vora_jax.vision.patch_embed import PatchEmbed, PatchEmbedding
 
@@ -17,8 +18,9 @@ class PatchFrontend:
 
     patch_embed: PatchEmbed
 
-    def module(self, width: int, attend: Callable, dtype: jnp.dtype, deterministic: bool = True) -> nn.Module:
-        """The Linen module, f[B, P, width] of `Patches`; it has neither attention nor dropout."""
+    def module(self, width: int, attend: Callable, dtype: jnp.dtype, deterministic: bool = True,
+               gather: Gather | None = None) -> nn.Module:
+        """The Linen module, f[B, P, width] of `Patches`; it has neither layers nor attention nor dropout."""
         return PatchFrontendModule(self, width, dtype)
 
 

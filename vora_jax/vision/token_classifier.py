@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from vora_jax.batch import Batch, Output
+from vora_jax.nn.stack import Gather
 from vora_jax.ops.attention import attention
 from vora_jax.types import VISION, Array, Params
 from vora_jax.vision.vit import VisionTransformer, Vit
@@ -21,10 +22,11 @@ class TokenClassifier(nn.Module):
     vit: Vit
     vocab_size: int
     attend: Callable = attention
+    gather: Gather | None = None
     deterministic: bool = True
 
     def setup(self):
-        self.encoder = VisionTransformer(self.vit, self.attend)
+        self.encoder = VisionTransformer(self.vit, self.attend, self.gather)
         head = nn.with_logical_partitioning(nn.initializers.zeros, ('vision', 'vocab'))
         self.head = self.param('head', head, (self.vit.width, self.vocab_size), jnp.float32)
 

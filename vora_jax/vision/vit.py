@@ -12,7 +12,7 @@ from vora_jax.nn.block import Activation, BlockShape
 from vora_jax.nn.modality_mixture import MixtureTable
 from vora_jax.nn.norms import Norm, norm
 from vora_jax.nn.slots import SlotContext
-from vora_jax.nn.stack import LayerGroup, Stack, Tap
+from vora_jax.nn.stack import Gather, LayerGroup, Stack, Tap
 from vora_jax.ops.attention import attention
 from vora_jax.types import Array, UserError
 from vora_jax.vision.attention_pool import AttentionPool, Pool
@@ -76,6 +76,7 @@ class VisionTransformer(nn.Module):
 
     config: Vit
     attend: Callable = attention
+    gather: Gather | None = None
     dtype: jnp.dtype = jnp.float32
     mixtures: MixtureTable = ()
     deterministic: bool = True
@@ -87,7 +88,8 @@ class VisionTransformer(nn.Module):
         if config.pre_norm:
             x = norm(config.norm, config.norm_eps, 'pre_norm')(x)
         groups = (LayerGroup(config.num_layers, side=True, mixtures=self.mixtures),)
-        stack = Stack(config.block_shape, groups, Tap, self.attend, deterministic=self.deterministic, name='blocks')
+        stack = Stack(config.block_shape, groups, Tap, self.attend, self.gather, deterministic=self.deterministic,
+                      states=('batch', 'patches', 'width'), name='blocks')
         context = SlotContext(patches.key_range, adapters_on=adapters_on, route_slot=patches.key_start)
         x, _, blocks = stack(x, context, side_scanned=())
         x = norm(config.norm, config.norm_eps, 'norm')(x)

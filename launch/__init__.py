@@ -1,0 +1,1 @@
+"""Starts `vora` on pods, clusters and fake devices: `python -m launch KIND`."""

@@ -1,0 +1,148 @@
+"""`python -m launch KIND`: chooses a kind, prints or runs."""
+
+import argparse
+import importlib
+import pathlib
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+
+from launch import flags, steps
+from launch.job import Job
+from vora_jax.cli.main import VERBS
+from vora_jax.types import UserError
+
+KINDS = ('local', 'tpu-vm', 'queued-resource', 'xpk', 'jobset', 'skypilot', 'slurm')
+_EPILOG = """everything after -- are the arguments of `vora`; they arrive as they are. launch/README.md has more examples:
+
+  python -m launch local --name trial --processes 2 -- train configs/quickstart/lm.gin --workdir runs/trial
+  python -m launch tpu-vm --name pod --zone us-east5-a --topology v5e:8x8 --dry-run -- train CONFIG --workdir gs://BUCKET/run
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Launches; 0 when done, 2 for a user's mistake (told in one sentence), else the exit code of what failed."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    cut = words.index('--') if '--' in words else len(words)
+    args = parser().parse_args(words[:cut])
+    try:
+        planned = plan(args, tuple(words[cut + 1 :]))
+        if not args.dry_run:
+            return steps.run(planned, 'once its cause is removed, the same command goes on where it stopped.')
+        print(steps.show(planned), end='')
+        return 0
+    except UserError as error:
+        print(f'launch: {error}', file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print('launch: interrupted; what runs elsewhere goes on, `stop` stops it.', file=sys.stderr)
+        return 130
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line: a parser for each kind."""
+    top = argparse.ArgumentParser(
+        prog='python -m launch',
+        description='Starts `vora` on pods, clusters and fake devices.',
+        epilog=_EPILOG,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    kinds = top.add_subparsers(dest='kind', required=True, metavar='KIND')
+    for name in KINDS:
+        kind = module(name)
+        one = kinds.add_parser(
+            name,
+            help=kind.HELP,
+            description=kind.HELP,
+            allow_abbrev=False,
+            usage=f'python -m launch {name} [{"|".join(kind.ACTIONS)}] --name NAME ... -- VERB ...',
+        )
+        one.add_argument('action', nargs='?', default='run', choices=kind.ACTIONS, help='(default: run)')
+        one.add_argument('--name', required=True, help="of the run and of what is created for it: a-z, 0-9 and '-'")
+        one.add_argument('--dry-run', action='store_true', help='print the commands and files, and run nothing')
+        kind.add_arguments(one)
+        one.add_argument(
+            '--code',
+            default=kind.CODE,
+            metavar='WHERE',
+            help="'checkout' (this folder), 'installed', or git+https://HOST/REPOSITORY@REF (default: %(default)s)",
+        )
+        one.add_argument(
+            '--env', action='append', default=[], metavar='NAME=VALUE', help='a variable of every host (repeatable)'
+        )
+        one.add_argument(
+            '--tpu-flags',
+            action='append',
+            default=[],
+            choices=flags.TPU_FLAGS,
+            metavar='SET',
+            help=f'libtpu flags, see launch/flags.py: {", ".join(flags.TPU_FLAGS)} (repeatable)',
+        )
+        one.add_argument(
+            '--max-restarts', type=int, default=10, metavar='N', help='after crashes (default: %(default)s)'
+        )
+        one.add_argument(
+            '--grace-seconds',
+            type=int,
+            default=300,
+            metavar='S',
+            help='between SIGTERM and SIGKILL, where the kind can say it: a step, a save, 30 s (default: %(default)s)',
+        )
+    return top
+
+
+def module(kind: str) -> ModuleType:
+    """The module of a kind: HELP, ACTIONS, CODE, ACCELERATOR, WORKDIR_ANYWHERE, add_arguments and steps."""
+    return importlib.import_module('launch.' + kind.replace('-', '_'))
+
+
+def plan(args: argparse.Namespace, arguments: tuple[str, ...]) -> list[steps.Step]:
+    """What the command line asks for. UserError for mistakes in it."""
+    kind = module(args.kind)
+    if args.action == 'run':
+        _check(arguments, args.code, kind.WORKDIR_ANYWHERE)
+    accelerator = 'cuda' if getattr(args, 'gpus', None) else kind.ACCELERATOR
+    job = Job(
+        args.name,
+        arguments,
+        flags.environment(accelerator, args.tpu_flags, args.env),
+        args.code,
+        accelerator,
+        args.max_restarts,
+        args.grace_seconds,
+    )
+    return kind.steps(job, args, args.action)
+
+
+def _check(arguments: tuple[str, ...], code: str, workdir_anywhere: bool) -> None:
+    """Raises UserError for mistakes that would cost a pod's start."""
+    if not arguments or arguments[0] not in VERBS:
+        raise UserError(
+            f'what to run goes after --, a verb of vora first ({", ".join(VERBS)}), for example '
+            '-- train CONFIG --workdir DIR.'
+        )
+    if arguments[0] != 'train':
+        return
+    config = next((word for word in arguments[1:] if word.endswith('.gin')), None)
+    if code == 'checkout' and config and not pathlib.Path(config).is_file():
+        raise UserError(f'there is no file {config!r} in this folder, which is sent to the hosts; correct its path.')
+    workdir = _value(arguments, '--workdir')
+    if workdir and not workdir_anywhere and '://' not in workdir and not workdir.startswith('/'):
+        raise UserError(
+            f'--workdir {workdir!r} would be a folder of each host alone; use gs://BUCKET/FOLDER, or the absolute '
+            'path of a file system that all hosts share.'
+        )
+
+
+def _value(arguments: tuple[str, ...], flag: str) -> str:
+    for word, following in zip(arguments, (*arguments[1:], '')):
+        if word == flag:
+            return following
+        if word.startswith(flag + '='):
+            return word.removeprefix(flag + '=')
+    return ''
+
+
+if __name__ == '__main__':
+    sys.exit(main())

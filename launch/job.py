@@ -1,0 +1,61 @@
+"""What is to be run: name, arguments, code, policy."""
+
+import pathlib
+import re
+from dataclasses import dataclass
+
+from vora_jax.types import UserError
+
+FOLDER = pathlib.Path('runs', 'launch')
+# The strictest of all kinds: Kubernetes puts it into the host names of pods, xpk allows 40 characters.
+_NAME = re.compile(r'[a-z]([-a-z0-9]{0,38}[a-z0-9])?')
+_GIT = re.compile(r'git\+(?P<url>\w+://([\w.-]+@)?[\w.:/~%+-]+?)(@(?P<ref>[\w./-]+))?')
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of `vora` on many hosts.
+
+    name: of the run and of what is created for it; letters, digits and '-'.
+    arguments: of `vora`, byte for byte.
+    environment: variables of every host, in order.
+    code: 'checkout' (this folder), 'installed' (the hosts have it), or 'git+URL@REF'.
+    accelerator: 'tpu', 'cuda' or 'cpu': the extra that is installed.
+    max_restarts: after crashes; a user's mistake (exit code 2) is never tried again.
+    grace_seconds: between SIGTERM and SIGKILL.
+    """
+
+    name: str
+    arguments: tuple[str, ...] = ()
+    environment: tuple[tuple[str, str], ...] = ()
+    code: str = 'checkout'
+    accelerator: str = 'tpu'
+    max_restarts: int = 10
+    grace_seconds: int = 300
+
+    def __post_init__(self) -> None:
+        """Raises UserError for what a cloud would refuse, or only notice late."""
+        if not _NAME.fullmatch(self.name):
+            raise UserError(
+                f"--name {self.name!r} would be refused: use 1 to 40 of a-z, 0-9 and '-', a letter first and no '-' "
+                'last; titles with spaces belong in --workdir.'
+            )
+        if any('\0' in word for word in self.arguments):
+            raise UserError('the arguments after -- contain a NUL byte, which no program can receive; remove it.')
+        if self.code not in ('checkout', 'installed') and not _GIT.fullmatch(self.code):
+            raise UserError(
+                f"--code {self.code!r} is not 'checkout', 'installed' or 'git+https://HOST/REPOSITORY@REF'."
+            )
+        if self.max_restarts < 0 or self.grace_seconds < 1:
+            raise UserError('--max-restarts must be 0 or more, and --grace-seconds 1 or more.')
+
+    @property
+    def folder(self) -> pathlib.Path:
+        """Where its scripts and logs go on this machine."""
+        return FOLDER / self.name
+
+    @property
+    def git(self) -> tuple[str, str]:
+        """URL and ref of the code; two empty texts if it does not come from git."""
+        match = _GIT.fullmatch(self.code)
+        return (match['url'], match['ref'] or 'HEAD') if match else ('', '')

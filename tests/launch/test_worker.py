@@ -1,0 +1,141 @@
+"""The worker's policy: crashes are tried again, mistakes are not, and a stopped run is not taken for a complete one."""
+
+import signal
+import time
+
+import pytest
+from fake_hosts import host, planned  # noqa: F401 (a fixture)
+
+from launch import worker
+from launch.job import Job
+from launch.steps import File
+
+# Ends with the codes of the file `codes`, one a call; 'wait' waits for SIGTERM and saves.
+TRAINER = """#!/bin/bash
+[[ $1 != --version ]] || { echo vora 0; exit; }
+read -r code <"$HOME/codes"
+sed -i 1d "$HOME/codes"
+echo "CALLED $code"
+if [[ $code == wait ]]; then
+    trap 'echo SAVED; exit 0' TERM
+    for _ in {1..600}; do /bin/sleep 0.05; done
+fi
+exit "$code"
+"""
+
+
+@pytest.fixture
+def trainer(host):  # noqa: F811
+    host.program('vora', TRAINER)
+    host.program('sleep', '#!/bin/bash\necho "PAUSE $1"\n')
+    return host
+
+
+def script(trainer, codes, restarts):
+    (trainer.home / 'codes').write_text('\n'.join(map(str, codes)) + '\n')
+    path = trainer.home / 'worker.sh'
+    path.write_text(worker.script(Job('a', ('train',), code='installed'), restarts=restarts))
+    return ['bash', str(path)]
+
+
+@pytest.mark.parametrize('codes, restarts, ends, calls', [
+    ([0], 3, 0, 1),
+    ([2], 3, 2, 1),  # a user's mistake
+    ([130], 3, 130, 1),
+    ([1, 134, 0], 3, 0, 3),
+    ([1, 2], 3, 2, 2),
+    ([1, 1, 1], 2, 1, 3),
+    ([137], 0, 1, 1),  # a scheduler restarts it: 1 is the code that it knows
+])
+def test_exit_codes(trainer, codes, restarts, ends, calls):
+    code, out = trainer.run(script(trainer, codes, restarts))
+    assert (code, out.count('CALLED')) == (ends, calls), out
+
+
+def test_pauses_grow(trainer):
+    _, out = trainer.run(script(trainer, [1] * 8, 7))
+    assert [line.split()[1] for line in out.splitlines() if line.startswith('PAUSE')] == \
+        ['30', '60', '120', '240', '480', '960', '960']
+
+
+def test_a_missing_trainer_is_a_mistake(trainer):
+    (trainer.bin / 'vora').unlink()
+    argv = script(trainer, [], 3)
+    code, out = trainer.run(argv, PATH=f'{trainer.bin}:/usr/bin:/bin')
+    assert code == 2 and 'vora does not start here' in out
+
+
+@pytest.mark.parametrize('number, ends', [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stopped_run_saves_and_is_not_complete(trainer, number, ends):
+    process = trainer.start(script(trainer, ['wait', 0], 3))
+    lines = iter(process.stdout.readline, '')
+    assert any('CALLED wait' in line for line in lines)
+    time.sleep(0.2)  # for bash to set its trap
+    process.send_signal(number)
+    out = process.communicate(timeout=30)[0]
+    assert process.returncode == ends and 'SAVED' in out and 'CALLED' not in out
+
+
+def test_a_worker_goes_on_without_its_launcher_and_is_followed_again(trainer):
+    folder = trainer.home / 'my-run'
+    folder.mkdir()
+    for step in planned('tpu-vm', '--code=installed'):
+        if isinstance(step, File):
+            (folder / step.path.name).write_text(step.text)
+    (trainer.home / 'codes').write_text('wait\n')
+    first = trainer.start(['bash', 'my-run/start.sh'])
+    assert any('CALLED wait' in line for line in iter(first.stdout.readline, ''))
+    first.kill()  # the connection breaks
+    first.wait()
+    second = trainer.start(['bash', 'my-run/start.sh'])
+    assert any('CALLED wait' in line for line in iter(second.stdout.readline, ''))  # the same one: codes has one line
+    kept = (folder / 'worker.sh').read_text()
+    (folder / 'worker.sh').write_text(kept + '# another command\n')
+    code, out = trainer.run(['bash', 'my-run/start.sh'])
+    assert code == 2 and 'still runs another command; stop it first' in out
+    time.sleep(0.2)
+    assert trainer.run(['bash', '-c', 'kill -TERM "$(cat my-run/pid)"'])[0] == 0
+    out = second.communicate(timeout=30)[0]
+    assert second.returncode == 143 and 'SAVED' in out
+
+
+@pytest.mark.parametrize('code, restarts, stopped, ends, queued', [
+    (0, 0, False, 0, False), (2, 0, False, 2, False), (1, 0, False, 1, True), (143, 3, False, 143, True),
+    (1, 10, False, 1, False), (143, 0, True, 0, False),
+])
+def test_slurm_queues_again(trainer, code, restarts, stopped, ends, queued):
+    for step in planned('slurm', '--code=installed'):
+        if isinstance(step, File):
+            path = trainer.home / step.path
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(step.text)
+    folder = trainer.home / 'runs' / 'launch' / 'my-run'
+    if stopped:
+        (folder / 'stop').write_text('')
+    trainer.program('srun', f'#!/bin/bash\nexit {code}\n')
+    trainer.program('scontrol', '#!/bin/bash\necho "QUEUED $*"\n')
+    variables = {'SLURM_JOB_ID': '7'} | ({'SLURM_RESTART_COUNT': str(restarts)} if restarts else {})
+    ended, out = trainer.run(['bash', str(folder / 'job.sbatch')], **variables)
+    assert (ended, 'QUEUED requeue 7' in out) == (ends, queued), out
+
+
+def test_the_code_is_installed_once_for_each_version(trainer):
+    """With a Python that only makes folders: no network."""
+    trainer.program('python3.13', '#!/bin/bash\n[[ $1 == -c ]] && exit\n[[ "$1 $2" == "-m venv" ]] && mkdir -p "$3/bin" && '
+                                  'cp "$0" "$3/bin/python" && exit\necho "INSTALLS $*"\n')
+    folder = trainer.home / 'my-run'
+    folder.mkdir()
+    (trainer.home / 'setup.cfg').write_text('[metadata]\n')
+    text = next(step.text for step in planned('tpu-vm') if isinstance(step, File) and step.path.name == 'worker.sh')
+    (folder / 'worker.sh').write_text(text)
+    (trainer.home / 'codes').write_text('0\n0\n0\n')
+    seen = []
+    for version in ('a', 'a', 'b'):
+        (trainer.home / 'setup.cfg').write_text(version)
+        pack = ['tar', '--mtime=2026-01-01', '--owner=0', '-czf', 'my-run/code.tar.gz', 'setup.cfg']
+        assert trainer.run(pack, GZIP='-n')[0] == 0
+        code, out = trainer.run(['bash', 'my-run/worker.sh'])
+        assert code == 0, out
+        seen.append(out.count('INSTALLS'))
+    assert seen == [1, 0, 1]
+    assert 'code[tpu,remote] gcsfs' in out

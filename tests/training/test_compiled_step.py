@@ -1,0 +1,75 @@
+"""What the partitioner makes of a step: no activation is gathered or summed whole, and nothing is copied everywhere."""
+import jax
+import jax.numpy as jnp
+import pytest
+import tiny_mesh_runs
+from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from vora_jax.data.fake import fake_batch
+from vora_jax.planning import hlo
+from vora_jax.training import sharding, state
+from vora_jax.training.config import Mesh, Optimizer
+from vora_jax.training.step import compile_step, make_step
+
+# Rows, slots and places of patches are multiples of primes that no dimension of a parameter has.
+ROWS, SLOTS, PATCHES, PRIMES = 7 * 8, 13 * 4, 11 * 2, (7, 11, 13)
+GATHERS = ('all-gather', 'all-gather-start', 'all-reduce', 'all-reduce-start')
+WARNING = 'Involuntary full rematerialization'
+
+
+@pytest.fixture(autouse=True)
+def no_cache():
+    """A program from the cache was not partitioned now, and warns of nothing."""
+    before = jax.config.jax_enable_compilation_cache
+    _use_cache(False)
+    yield
+    _use_cache(before)
+
+
+def _use_cache(on):
+    compilation_cache.reset_cache()  # JAX asks for the setting once
+    jax.config.update('jax_enable_compilation_cache', on)
+
+
+def activations(compiled):
+    """'opcode shape' of every gather or sum over devices of numbers that belong to rows, slots or patches."""
+    found = []
+    for instructions in hlo.read(compiled.as_text()).computations.values():
+        for one in instructions:
+            if one.opcode in GATHERS:
+                found += [f'{one.opcode} {shape.dtype}{list(shape.dims)}' for shape in one.shapes
+                          if shape.dtype in ('f32', 'bf16') and any(dim % p == 0 for dim in shape.dims for p in PRIMES)]
+    return found
+
+
+def compile_tiny(sizes):
+    stage = tiny_mesh_runs.method('vora')[0].stage('pretrain')
+    mesh = sharding.make_mesh(Mesh(*sizes), jax.devices()[:8])
+    batch = fake_batch(ROWS, SLOTS, PATCHES, 4, tiny_mesh_runs.LLM.vocab_size, 3, 0)
+    with sharding.use(mesh):
+        plan = state.plan(stage, Optimizer(), batch, mesh, 'float32')
+        assert not any(dim % p == 0 for shape in plan.params.values() for dim in shape.shape for p in PRIMES)
+        step = make_step(plan.model, plan.optimizer, lambda _: 1e-3, stage.distill_weight, 1, 0)
+        return compile_step(step, plan.state_shardings, plan.frozen_shardings, mesh).lower(
+            plan.state, plan.frozen, plan.batch).compile()
+
+
+@pytest.mark.parametrize('sizes', [(2, 4), pytest.param((1, 8), marks=pytest.mark.slow)], ids=str)
+def test_no_activation_is_gathered_and_nothing_is_copied_everywhere(sizes, capfd):
+    compiled = compile_tiny(sizes)
+    assert activations(compiled) == []
+    assert WARNING not in capfd.readouterr().err
+
+
+def test_both_are_found_where_they_are(capfd):
+    mesh = jax.make_mesh((2, 2, 2), ('a', 'b', 'c'), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+
+    def turn(x, rows):
+        x = jax.lax.with_sharding_constraint(x * 2, NamedSharding(mesh, P(None, ('c', 'a'))))
+        return jax.lax.with_sharding_constraint(jnp.take(x, rows, axis=0), NamedSharding(mesh, P('c', None)))
+
+    shapes = jax.ShapeDtypeStruct((2 * 13, 16), jnp.float32), jax.ShapeDtypeStruct((2 * 13,), jnp.int32)
+    assert activations(jax.jit(turn).lower(*shapes).compile())
+    assert WARNING in capfd.readouterr().err

@@ -1,0 +1,82 @@
+"""`vora plan --search`: compiles the most promising settings and ranks them."""
+import argparse
+import functools
+import json
+import math
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import tqdm
+
+from vora_jax.cli import gin_config
+from vora_jax.cli.json_report import write_report
+from vora_jax.cli.text_table import aligned
+from vora_jax.planning import report, search, work
+from vora_jax.planning.advice import REMATS, remat_of
+from vora_jax.planning.topology import Topology
+from vora_jax.planning.unplaced import held_on, parameter_shapes
+from vora_jax.training.config import Train
+from vora_jax.types import UserError
+
+
+def run_search(args: argparse.Namespace, config: Train, text: str, topology: Topology, compile_text: Callable) -> int:
+    """Searches, prints the ranking and the flags of the best; 0 when something fits, else 1.
+
+    compile_text: `(text, topology, quick, timeout, progress)` gives the facts of a configuration.
+    """
+    try:
+        tensors = [int(size) for size in args.tensor.split(',')]
+    except ValueError:
+        raise UserError(f'--tensor {args.tensor!r} is not a list of sizes such as 1,2,4.') from None
+    num_devices = work.num_devices(topology)
+    remats = REMATS if remat_of(config) else ('',)
+    every = list(search.candidates(num_devices, topology.slices, config.batch_rows, remats, config.mesh.context, tensors))
+    if not every:
+        raise UserError(f'Train.batch_rows = {config.batch_rows} divides over no mesh of the {num_devices} devices of '
+                        f'{topology}; choose a multiple of {num_devices}.')
+
+    def changed(candidate: search.Candidate) -> tuple[Train, str]:
+        return gin_config.load('Train', texts=[text], bindings=list(candidate.bindings))
+
+    shapes = parameter_shapes(config)
+    held = functools.cache(lambda mesh, gather: held_on(config, shapes, dict(mesh), gather))
+    counts = functools.cache(lambda one: work.executed(config, one, topology, held(one.mesh, one.gather)))
+
+    def bound(candidate: search.Candidate, facts: Any) -> float:
+        arrays = held(candidate.mesh, candidate.gather)
+        return work.bound_seconds(config, candidate, topology, arrays, counts(candidate), facts)
+
+    def need(candidate: search.Candidate) -> float:
+        try:
+            arrays = held(candidate.mesh, candidate.gather)
+        except UserError:
+            return math.inf  # the mesh does not divide the model
+        return search.least_bytes(candidate, arrays, config.batch_rows, row_bytes)
+
+    row_bytes = work.row_bytes(config)
+    with tqdm.tqdm(total=args.max_compiles, desc=f'{len(every)} settings', unit='compile', leave=False, disable=None) as bar:
+        def told(tried: search.Tried) -> None:
+            bar.update()
+            if bar.disable:
+                verdict = 'fits' if tried.fits else tried.why or 'does not fit'
+                print(f'tried {" ".join(tried.candidate.flags)}: {verdict}', file=sys.stderr)
+
+        tried = search.search(
+            every, need, topology.chip.usable_bytes, bound,
+            lambda one: compile_text(changed(one)[1], topology, True, args.timeout, lambda seconds: bar.refresh()),
+            args.max_compiles, UserError, told)
+    if args.json:
+        found = [{'flags': one.candidate.flags, 'fits': one.fits, 'seconds': one.seconds if one.seconds < math.inf else None,
+                  'peak_bytes': one.facts.peak_bytes if one.facts else None, 'why': one.why} for one in tried]
+        settings = {'config': args.config, 'topology': topology.name, 'slices': topology.slices, 'candidates': len(every),
+                    'usable_bytes': topology.chip.usable_bytes, 'tried': found}
+        if write_report(json.dumps(settings, indent=1), args.json):
+            return 0 if any(one.fits for one in tried) else 1
+    print(f'{args.config} on {topology}: {len(tried)} of {len(every)} settings compiled up to buffer assignment, not run')
+    print('\n'.join(aligned(report.ranking(tried))))
+    if tried and tried[0].fits:
+        print(f'best: {" ".join(tried[0].candidate.flags)}')
+        return 0
+    print('none of them fits; take a larger topology, or let it compile more with --max-compiles.')
+    return 1

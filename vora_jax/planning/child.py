@@ -1,0 +1,98 @@
+"""Runs a compilation in a child process."""
+import json
+import os
+import pathlib
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+from vora_jax.planning.compile_step import MODULE, RESULT
+from vora_jax.types import UserError
+
+DUMP, ERRORS = 'dump', 'errors.txt'  # in the folder: what XLA writes down, and what goes to stderr
+REPORTS = ('memory-usage-report.txt', 'live-range.txt')  # the last that XLA dumps before it generates code
+POLL_SECONDS = 0.25
+
+
+class Finished(NamedTuple):
+    """seconds, cpu_seconds, rss_bytes: what it took.    complete: code was generated too, or the program does not fit."""
+
+    seconds: float
+    cpu_seconds: float
+    rss_bytes: int
+    complete: bool
+
+
+def dump_flags(folder: pathlib.Path) -> str:
+    """XLA_FLAGS of the child."""
+    return f'--xla_dump_to={folder / DUMP} --xla_dump_hlo_as_text --xla_dump_hlo_module_re=.*{MODULE}.*'
+
+
+def run(command: Sequence[str], environment: Mapping[str, str], folder: pathlib.Path, quick: bool, timeout: float,
+        progress: Callable[[float], None] = lambda seconds: None) -> Finished:
+    """Runs the command until it ends, or, if `quick`, until XLA has assigned the buffers; then it is killed.
+
+    Args:
+        command: writes RESULT into `folder`, or one sentence about a user's mistake to stderr with exit code 2.
+        timeout: seconds after which it is killed.
+        progress: is told the seconds so far, several times a second.
+
+    Raises:
+        UserError: the command's own, or that it took too long.
+        RuntimeError: it failed otherwise; with the end of what it wrote.
+    """
+    begun = time.monotonic()
+    with open(folder / ERRORS, 'wb') as errors:
+        child = subprocess.Popen(list(command), env=dict(environment), stdout=subprocess.DEVNULL, stderr=errors,
+                                 stdin=subprocess.DEVNULL)
+    ended, killed, sizes = None, '', ()
+    try:
+        while not ended:
+            number, status, usage = os.wait4(child.pid, os.WNOHANG)
+            if number:
+                ended = status, usage
+                break
+            progress(time.monotonic() - begun)
+            if time.monotonic() - begun > timeout:
+                killed = 'timeout'
+            elif quick:
+                before, sizes = sizes, _report_sizes(folder)
+                killed = 'quick' if sizes and sizes == before else ''
+            if killed:
+                child.kill()
+                ended = os.wait4(child.pid, 0)[1:]
+            else:
+                time.sleep(POLL_SECONDS)
+    finally:
+        if ended is None:
+            child.kill()
+            child.wait()
+    child.returncode = os.waitstatus_to_exitcode(ended[0])  # else Popen would wait for it again
+    usage = ended[1]
+    if killed == 'timeout':
+        raise UserError(f'the compiler did not finish within {timeout:,.0f} s; give it more with --timeout, or take '
+                        '--quick.')
+    complete = (folder / RESULT).exists()
+    if not complete and killed != 'quick':
+        _explain(child.returncode, (folder / ERRORS).read_text(encoding='utf-8', errors='replace'))
+    return Finished(time.monotonic() - begun, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, complete)
+
+
+def _report_sizes(folder: pathlib.Path) -> tuple[int, ...]:
+    """Sizes of the reports, once all are there."""
+    found = [max((path.stat().st_size for path in (folder / DUMP).glob(f'*{MODULE}*{report}')), default=0)
+             for report in REPORTS]
+    return tuple(found) if all(found) else ()
+
+
+def _explain(code: int, errors: str) -> None:
+    mistakes = [line.removeprefix('vora: ') for line in errors.splitlines() if line.startswith('vora: ')]
+    if code == 2 and mistakes:
+        raise UserError(mistakes[-1])
+    raise RuntimeError(f'the compiler ended with code {code}:\n{errors[-4000:]}')
+
+
+def read_json(path: pathlib.Path) -> dict:
+    """A file that the child wrote; {} where there is none."""
+    return json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}

@@ -1,0 +1,122 @@
+"""FLOPs and bounds of a planned step."""
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from vora_jax.planning.abstract_batch import full_row
+from vora_jax.planning.advice import remat_of
+from vora_jax.planning.collectives import wire_bytes
+from vora_jax.planning.facts import Facts
+from vora_jax.planning.memory import Held
+from vora_jax.planning.roofline import Demand, bound, rough_hbm_bytes
+from vora_jax.planning.search import Candidate
+from vora_jax.planning.topology import Topology
+from vora_jax.planning.traffic import least_traffic
+from vora_jax.training.batch_statistics import LOGIT_CHUNK, BatchStatistics, statistics_of
+from vora_jax.training.config import Train
+from vora_jax.training.flops import Work, executed_flops, model_flops, step_work
+
+PF = 1e15
+
+
+def itemsize(config: Train) -> int:
+    """Bytes of an activation."""
+    llm = getattr(config.method.stage(config.stage).model, 'llm', None)
+    return llm.dtype.itemsize if llm is not None else 4
+
+
+def max_loss_chunks(config: Train) -> int:
+    """How often the loop over a row's targets runs at most: where all its text has targets."""
+    return math.ceil(float(full_row(config).loss_mask.sum()) / LOGIT_CHUNK)
+
+
+def row_bytes(config: Train) -> float:
+    """Of the states that enter each layer and of a teacher's features, for one row."""
+    model = config.method.stage(config.stage).model
+    llm, distillation, row = getattr(model, 'llm', None), getattr(model, 'distillation', None), full_row(config)
+    total = llm.num_layers * row.tokens.size * llm.width * itemsize(config) if llm is not None else 0
+    if distillation is not None:
+        total += len(distillation.layers) * row.vision_slot.size * distillation.teacher.width * itemsize(config)
+    return float(total)
+
+
+def statistics(config: Train, platform: str) -> BatchStatistics:
+    """Of a step with full rows."""
+    model = config.method.stage(config.stage).model
+    of_row = statistics_of(full_row(config), model, 1, config.attention, platform)
+    return dataclasses.replace(of_row.times(config.batch_rows), micro_batches=config.accumulation)
+
+
+def work(config: Train, topology: Topology, facts: Facts) -> dict[str, Any]:
+    """FLOPs by part, and bounds of a step's time, as JSON has them."""
+    counts = statistics(config, _platform(topology))
+    parts = _step_work(config, facts.held, counts, None)
+    model, total = model_flops(parts), executed_flops(parts)
+    within, between = wire_bytes(facts.collectives)
+    tokens = counts.vision.needed + counts.text.needed
+    demand = Demand(model, total, tokens, _hbm_bytes(config, facts.held, facts.mesh, remat_of(config)), within, between)
+    found = bound(topology.chip, topology.shape, math.prod(facts.mesh.values()), demand)
+    return {'flops': {'parts': [{**one._asdict(), 'model': one.model, 'executed': one.executed} for one in parts],
+                      'model': model, 'executed': total, 'model_per_token': model / tokens},
+            'bound': {**found._asdict(), 'tokens': tokens}}
+
+
+def lines(found: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, ...]]]]:
+    """(title, rows of a table) of `work`."""
+    flops, least = found['flops'], found['bound']
+    rows = [('', 'forward', 'backward', 'again', 'padding')]
+    rows += [(one['part'], *(f'{one[name] / PF:,.3f}' for name in ('forward', 'backward', 'recompute', 'overhead')))
+             for one in flops['parts']]
+    rows += [(f'all: {name}', f'{flops[name] / PF:,.3f}', '', '', '') for name in ('model', 'executed')]
+    times = [(f'{name}: busy', f'{seconds:.3f} s') for name, seconds in least['seconds'].items() if seconds]
+    times += [(f'a step, if all overlaps: {least["binding"]}', f'{least["step_seconds"]:.3f} s'),
+              ('a step, if nothing does', f'{least["serial_seconds"]:.3f} s'),
+              ('tokens/s of a device', f'{least["tokens_per_second_per_device"]:,.0f}'),
+              ('MFU if computing were all', f'{least["ceiling"]:.3f}'), ('MFU at the bound', f'{least["mfu"]:.3f}')]
+    return [('PFLOP of a step with full rows', rows), ('at best (not measured)', times)]
+
+
+def executed(config: Train, candidate: Candidate, topology: Topology, arrays: Sequence[Held]) -> float:
+    """FLOPs that a step computes with a candidate's settings."""
+    changed = dataclasses.replace(config, accumulation=candidate.accumulation)
+    counts = statistics(changed, _platform(topology))
+    return executed_flops(_step_work(changed, arrays, counts, candidate.remat or None))
+
+
+def bound_seconds(config: Train, candidate: Candidate, topology: Topology, arrays: Sequence[Held], flops: float,
+                  facts: Facts | None) -> float:
+    """The least time of a step with a candidate's settings that computes `flops`; without facts with the least traffic
+    there can be."""
+    sizes = candidate.sizes
+    changed = dataclasses.replace(config, accumulation=candidate.accumulation)
+    within, between = {sizes['data'] * sizes['fsdp']: least_traffic(arrays, sizes, itemsize(config),
+                                                                    candidate.accumulation).wire}, 0.0
+    if facts is not None:
+        within, between = wire_bytes(facts.collectives)
+    demand = Demand(flops, flops, 1.0, _hbm_bytes(changed, arrays, sizes, candidate.remat), within, between)
+    return bound(topology.chip, topology.shape, math.prod(sizes.values()), demand).step_seconds
+
+
+def _hbm_bytes(config: Train, arrays: Iterable[Held], mesh: Mapping[str, int], remat: str) -> float:
+    """Rough: gathered weights in each pass, the state, the states that enter each layer."""
+    arrays = tuple(arrays)
+    weights = sum(array.bytes / array.itemsize * itemsize(config) for array in arrays if array.part != 'optimizer')
+    state = sum(array.shard_bytes(mesh) for array in arrays if array.part in ('trainable', 'optimizer'))
+    passes = (2 if remat in ('', 'none') else 3) * config.accumulation
+    kept = row_bytes(config) * config.batch_rows / (mesh['data'] * mesh['fsdp'] * mesh['context'])
+    return rough_hbm_bytes(weights / mesh['tensor'], passes, state, kept)
+
+
+def num_devices(topology: Topology) -> int:
+    """Devices that the compiler shows: two a chip of v4 and tpu7x."""
+    return math.prod(topology.shape) * topology.slices * (2 if topology.kind in ('v4', 'tpu7x') else 1)
+
+
+def _step_work(config: Train, arrays: Iterable[Held], counts: BatchStatistics, remat: str | None) -> tuple[Work, ...]:
+    trained = [array.path for array in arrays if array.part == 'trainable']
+    return step_work(config.method.stage(config.stage).model, trained, counts, remat or remat_of(config) or None)
+
+
+def _platform(topology: Topology) -> str:
+    return 'gpu' if topology.platform == 'cuda' else topology.platform

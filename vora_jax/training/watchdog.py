@@ -1,0 +1,98 @@
+"""Ends a run in which nothing moves."""
+import contextlib
+import faulthandler
+import os
+import pathlib
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+
+RETRY = 75  # exit code: nothing was wrong with what the user asked for; the same command may be tried again
+SLOW_START = 4  # the first step, with compilation, may take so many times as long
+FIRST = 'the first step'
+DATA, STEP, SAVING = 'waiting for data', 'computing', 'saving'
+# Time for the others to write down where they are: they run in step, so their dogs bark in the same moment.
+GRACE_SECONDS = 5
+
+
+class Watchdog:
+    """A thread that wakes when the run's last sign of life is too old."""
+
+    def __init__(self, seconds: float, folder: pathlib.Path, end: Callable[[str], None]):
+        self._seconds, self._folder, self._end = seconds, folder, end
+        self._closed = threading.Event()
+        self._last, self._stage, self._step = time.monotonic(), FIRST, 0
+        self._thread = threading.Thread(target=self._watch, name='watchdog', daemon=True)
+
+    def beat(self, stage: str, step: int) -> None:
+        """A sign of life: the run enters a stage, with `step` steps started."""
+        self._last, self._stage, self._step = time.monotonic(), stage, step
+
+    def start(self) -> None:
+        """Starts to watch, unless it is switched off by 0 seconds."""
+        if self._seconds:
+            self._thread.start()
+
+    def close(self) -> None:
+        """Watches no more."""
+        self._closed.set()
+
+    def _watch(self) -> None:
+        while not self._closed.wait(self._left()):
+            if self._left() <= 0:
+                return self._bark()
+
+    def _limit(self) -> float:
+        return self._seconds * (SLOW_START if self._stage == FIRST else 1)
+
+    def _left(self) -> float:
+        return self._last + self._limit() - time.monotonic()
+
+    def _bark(self) -> None:
+        number = jax.process_index()
+        path = self._folder / f'hang-{number}.txt'
+        reason = (f'no step ended in {self._limit():g} seconds: process {number} was at {self._stage} (step {self._step}); '
+                  f'{path} tells where each thread stands, and Train.hang_seconds sets the limit.')
+        with tempfile.TemporaryFile('w+', encoding='utf-8') as file:  # faulthandler wants a local one
+            faulthandler.dump_traceback(file, all_threads=True)
+            file.seek(0)
+            stacks = file.read()
+        sys.stderr.write(f'\n{stacks}\nvora: {reason} Run the same command to resume from the last checkpoint.\n')
+        sys.stderr.flush()
+        # In a thread: the file system may be what hangs.
+        writer = threading.Thread(target=_write, args=(path, f'{reason}\n\n{stacks}'), daemon=True)
+        writer.start()
+        if jax.process_count() > 1:
+            time.sleep(GRACE_SECONDS)
+        writer.join(GRACE_SECONDS)
+        self._end(reason)
+
+
+def _write(path: pathlib.Path, text: str) -> None:
+    with contextlib.suppress(OSError):
+        path.write_text(text)
+
+
+@contextlib.contextmanager
+def watching(seconds: float, folder: pathlib.Path, end: Callable[[str], None] | None = None) -> Iterator[Watchdog]:
+    """A watchdog of the block. When no sign of life comes for `seconds` (0: never mind), it writes the stacks of all
+    threads to stderr and to `folder`/hang-PROCESS.txt, and ends the process.
+
+    A thread that is stuck inside a device or a file system cannot be stopped, only the whole process can; whatever started
+    it may then start it again.
+
+    Args:
+        seconds: from one sign of life to the next; the first step gets `SLOW_START` times as long.
+        folder: of the run.
+        end: ends the process for the reason it is given, and the other processes with it; by default this process alone.
+    """
+    dog = Watchdog(seconds, folder, end or (lambda reason: os._exit(RETRY)))
+    dog.start()
+    try:
+        yield dog
+    finally:
+        dog.close()
