@@ -68,7 +68,8 @@ def task(job: Job, args: argparse.Namespace) -> dict[str, Any]:
         []
         if args.topology
         else [
-            f'export JAX_COORDINATOR_ADDRESS=$(head -n 1 <<<"$SKYPILOT_NODE_IPS"):{PORT}',
+            f'JAX_COORDINATOR_ADDRESS=$(head -n 1 <<<"$SKYPILOT_NODE_IPS"):{PORT}',
+            'export JAX_COORDINATOR_ADDRESS',
             'export JAX_NUM_PROCESSES=$SKYPILOT_NUM_NODES',
             'export JAX_PROCESS_ID=$SKYPILOT_NODE_RANK',
         ]

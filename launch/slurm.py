@@ -72,7 +72,7 @@ def batch(job: Job, args: argparse.Namespace) -> str:
         f'#SBATCH --signal=TERM@{job.grace_seconds}',
         'set -euo pipefail',
         f'folder=$PWD/{job.folder}',
-        *worker.SPEAK.splitlines(),
+        worker.SAY,
         *worker.install_lines(job, source, '"$folder"'),
         'code=0',
         # One process that ends first does not end those that still save (no --kill-on-bad-exit); --wait bounds that.

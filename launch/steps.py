@@ -80,7 +80,7 @@ def run(steps: Sequence[Step], again: str) -> int:
 
     Args:
         steps: Sequence[Step]
-        again: what to do after a failure; ends its sentence.
+        again: what to do after a failure that was not asked for; ends its sentence.
 
     Returns:
         0, or the exit code of the step that failed, which is named. UserError if a program is not installed.
@@ -94,7 +94,8 @@ def run(steps: Sequence[Step], again: str) -> int:
             ) from None
         if code:
             name = 'the run' if isinstance(step, Here) else join(step.argv)[:300]
-            print(f'launch: exit code {code} from {name}; {again}', file=sys.stderr)
+            end = 'it was stopped, and the same command goes on.' if code in (130, 143) else again
+            print(f'launch: exit code {code} from {name}; {end}', file=sys.stderr)
             return code
     return 0
 

@@ -44,9 +44,9 @@ keep_running() {
 }
 """
 
-SPEAK = """
-say() { echo "launch: $(hostname): $*" >&2; }
+SAY = 'say() { echo "launch: $(hostname): $*" >&2; }'
 
+_PYTHON = """
 # For what needs the network: five tries.
 again() {
     local pause
@@ -57,9 +57,7 @@ again() {
     done
     "$@"
 }
-"""
 
-_PYTHON = """
 # Prints a Python of at least 3.11; hosts that have none (Ubuntu 22.04) get one from uv, without root.
 find_python() {
     local candidate
@@ -96,7 +94,7 @@ def script(job: Job, prelude: Sequence[str] = (), restarts: int = 0, install: Se
         '{  # read to the end before it starts, so that the file may be replaced meanwhile',
         *[f'export {name}={quote(value)}' for name, value in job.environment],
         *prelude,
-        *SPEAK.splitlines(),
+        SAY,
         *_RUN.splitlines(),
         *install,
         '',
@@ -149,7 +147,7 @@ def install_lines(job: Job, source: str, folder: str) -> list[str]:
         '    "$python" -m venv "$venv"',
         # Editable: `here` may change without being installed again.
         '    pip=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check)',
-        f'    again "${{pip[@]}}" --editable "$code[{extras}]"{store}',
+        f'    again "${{pip[@]}}" --editable "${{code}}[{extras}]"{store}',
         '    echo "$version" >"$venv/version"',
         'fi',
         'export PATH=$venv/bin:$PATH',

@@ -14,8 +14,8 @@ needs_libtpu = pytest.mark.skipif(not importlib.util.find_spec('libtpu'),
                                   reason='needs the extra `plan`: pip install .[plan]')
 
 KEYS = {'config', 'topology', 'slices', 'chip', 'devices', 'mesh', 'gather', 'batch_rows', 'accumulation', 'remat',
-        'attention', 'fits', 'usable_bytes', 'peak_bytes', 'memory', 'largest_buffers', 'collectives', 'traffic', 'asynchronous_known',
-        'involuntary_rematerialisations', 'hlo_instructions', 'compilation', 'flops', 'bound'}
+        'attention', 'fits', 'usable_bytes', 'peak_bytes', 'memory', 'largest_buffers', 'collectives', 'traffic',
+        'asynchronous_known', 'involuntary_rematerialisations', 'hlo_instructions', 'compilation', 'flops', 'bound'}
 
 
 def plan(*arguments):

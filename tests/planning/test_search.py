@@ -5,7 +5,7 @@ import math
 import pytest
 import test_memory
 
-from vora_jax.planning import advice, search
+from vora_jax.planning import advice, kept, search
 from vora_jax.planning.child import Finished
 from vora_jax.planning.facts import Facts
 from vora_jax.planning.topology import Topology, larger, parse
@@ -21,8 +21,8 @@ def facts_of(peak, mesh=None, parts=0):
 
 def need_of(candidate):
     """Bytes in an invented world: kept activations by remat, fewer with accumulation and with fsdp."""
-    kept = 1 + advice.REMATS.index(candidate.remat)
-    return 100 / candidate.sizes['fsdp'] + 10 * kept / candidate.accumulation
+    found = 1 + kept.REMATS.index(candidate.remat)
+    return 100 / candidate.sizes['fsdp'] + 10 * found / candidate.accumulation
 
 
 def bound_of(candidate, facts):
@@ -39,7 +39,7 @@ def with_remat(config, remat):
 
 
 def run(usable, most=100, compile_one=None, **options):
-    every = list(search.candidates(8, 1, 32, advice.REMATS, 1))
+    every = list(search.candidates(8, 1, 32, kept.REMATS, 1))
     compiled = []
 
     def compiles(candidate):
@@ -81,7 +81,7 @@ def test_the_best_of_all_is_found_with_few_compilations():
     for one in compiled:  # nothing was compiled that needs more than what had failed before
         before = [other for other in failed if compiled.index(other) < compiled.index(one)]
         assert not any(other.mesh == one.mesh and other.gather == one.gather and other.accumulation >= one.accumulation
-                       and advice.REMATS.index(other.remat) <= advice.REMATS.index(one.remat) for other in before)
+                       and kept.REMATS.index(other.remat) <= kept.REMATS.index(one.remat) for other in before)
 
 
 def test_nothing_fits_limits_mistakes_and_ctrl_c():
@@ -120,20 +120,30 @@ def test_the_lower_bound_of_memory():
 
 
 def test_changes_from_the_cheapest_on():
-    config = test_memory.config_of('vora')
-    if 'attention' in advice.REMATS:
-        config = with_remat(config, 'attention')
-        assert advice.remat_of(config) == 'attention'
-    else:
-        config = with_remat(config, 'none')
-    facts = facts_of(100, {'data': 2, 'fsdp': 4, 'context': 1, 'tensor': 1}, parts=60)
+    config = with_remat(test_memory.config_of('vora'), 'adapters')
+    assert kept.remat_of(config) == 'adapters'
+    facts = facts_of(10**6, {'data': 2, 'fsdp': 4, 'context': 1, 'tensor': 1}, parts=600_000)
     found = advice.changes(config, facts, Topology('v5e', (2, 4)))
     assert [one.flags for one in found] == [
-        ('--gin.LanguageModel.remat=full',) if 'attention' in advice.REMATS else found[0].flags,
+        ('--gin.LanguageModel.remat=attention',), ('--gin.LanguageModel.remat=full',),
         ('--gin.Mesh.data=1', '--gin.Mesh.fsdp=8'), ('--gin.Train.accumulation=2',), ('--topology', 'v5e:4x4')]
-    assert [one.peak_bytes for one in found[1:]] == [40, 60 + 20, 50]
-    assert advice.first_that_fits(found, 1) == found[0] and advice.first_that_fits(found[1:], 85) == found[1]
-    assert advice.first_that_fits(found[2:], 55) == found[3] and advice.first_that_fits(found[1:], 10) is None
+    saved = [10**6 - one.peak_bytes for one in found[:2]]
+    llm = config.method.stage(config.stage).model.llm
+    assert saved[1] - saved[0] == 2 * 40 * llm.num_layers * llm.num_heads * llm.head_dim * 4  # 2 rows, 40 slots, float32
+    assert 0 < saved[0] < saved[1] and [one.peak_bytes for one in found[2:]] == [400_000, 800_000, 500_000]
+    assert advice.first_that_fits(found, 10**6) == found[0] and advice.first_that_fits(found, 850_000) == found[2]
+    assert advice.first_that_fits(found[3:], 550_000) == found[4] and advice.first_that_fits(found, 10) is None
+
+
+def test_each_policy_keeps_more_than_the_one_before():
+    config = test_memory.config_of('vora')
+    sizes = [kept.row_bytes(config, remat) for remat in kept.REMATS]
+    assert sizes == sorted(set(sizes)) and kept.REMATS[0] == 'full' and kept.REMATS[-1] == 'none'
+    model = config.method.stage(config.stage).model
+    llm, teacher = model.llm, model.distillation
+    states = llm.num_layers * 40 * llm.width
+    features = len(teacher.layers) * 27 * teacher.teacher.width
+    assert sizes[0] == 4 * (states + features)
 
 
 def test_what_cannot_be_changed_is_not_proposed():

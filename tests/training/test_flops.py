@@ -86,10 +86,13 @@ RECOMPUTED = [(name, title, policy) for name, title in STAGES if name != 'image_
               for policy in POLICIES if policy != 'none']
 
 
-@pytest.mark.parametrize('name, title, remat', quickly(RECOMPUTED, [('vora', 'pretrain', policy) for policy in POLICIES]))
+QUICK_POLICIES = [('vora', 'pretrain', policy) for policy in ('full', 'adapters', 'matmuls')]
+
+
+@pytest.mark.parametrize('name, title, remat', quickly(RECOMPUTED, QUICK_POLICIES))
 def test_what_remat_computes_again(name, title, remat):
     found, counted = check(name, title, remat)
-    assert found == pytest.approx(counted, rel=0.02), found / counted
+    assert found == counted
 
 
 def test_micro_batches_have_chunks_of_their_own():

@@ -66,10 +66,10 @@ def run(args: argparse.Namespace) -> int:
     if args.search:
         from vora_jax.cli.plan_search import run_search
         return run_search(args, config, text, topology, _compile)
-    from vora_jax.planning import report, work
+    from vora_jax.planning import kept, report, work
     with _progress(f'compiling for {topology}') as progress:
         facts = _compile(text, topology, args.quick, args.timeout, progress, args.keep)
-    itemsize = work.itemsize(config)
+    itemsize = kept.itemsize(config)
     found = {'config': args.config, **report.results(config, topology, facts, itemsize, work.work(config, topology, facts))}
     if args.json and write_report(json.dumps(found, indent=1), args.json):
         return 0 if found['fits'] else 1
@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
 def _compile(text: str, topology, quick: bool, timeout: float, progress: Callable[[float], None], keep: str | None = None):
     """`planning.facts.Facts` of the configuration of that text, compiled by a child process."""
     from vora_jax.cli.plan_step import REQUEST
-    from vora_jax.planning import child, facts, work
+    from vora_jax.planning import child, facts, kept, work
     config, _ = gin_config.load('Train', texts=[text])
     with contextlib.ExitStack() as stack:
         folder = _new_folder(keep) if keep else pathlib.Path(
@@ -94,7 +94,7 @@ def _compile(text: str, topology, quick: bool, timeout: float, progress: Callabl
         environment = os.environ | TPU_ENVIRONMENT | {'XLA_FLAGS': child.dump_flags(folder)}
         command = [sys.executable, '-m', 'vora_jax.cli.plan_step', str(folder)]
         finished = child.run(command, environment, folder, quick, timeout, progress)
-        return facts.facts(folder, finished, work.max_loss_chunks(config), work.itemsize(config))
+        return facts.facts(folder, finished, work.max_loss_chunks(config), kept.itemsize(config))
 
 
 def _new_folder(name: str) -> pathlib.Path:

@@ -13,7 +13,7 @@ from vora_jax.cli import gin_config
 from vora_jax.cli.json_report import write_report
 from vora_jax.cli.text_table import aligned
 from vora_jax.planning import report, search, work
-from vora_jax.planning.advice import REMATS, remat_of
+from vora_jax.planning.kept import REMATS, remat_of, row_bytes
 from vora_jax.planning.topology import Topology
 from vora_jax.planning.unplaced import held_on, parameter_shapes
 from vora_jax.training.config import Train
@@ -52,9 +52,9 @@ def run_search(args: argparse.Namespace, config: Train, text: str, topology: Top
             arrays = held(candidate.mesh, candidate.gather)
         except UserError:
             return math.inf  # the mesh does not divide the model
-        return search.least_bytes(candidate, arrays, config.batch_rows, row_bytes)
+        return search.least_bytes(candidate, arrays, config.batch_rows, row(candidate.remat))
 
-    row_bytes = work.row_bytes(config)
+    row = functools.cache(functools.partial(row_bytes, config))
     with tqdm.tqdm(total=args.max_compiles, desc=f'{len(every)} settings', unit='compile', leave=False, disable=None) as bar:
         def told(tried: search.Tried) -> None:
             bar.update()

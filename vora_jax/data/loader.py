@@ -134,7 +134,8 @@ def _release(opened: list[ElasticIterator], folder: tempfile.TemporaryDirectory 
 
 def batches(data: Data, rule: VisionTokenRule | None, batch_rows: int, seed: int,
             shard: tuple[int, int] = (0, 1), workers: int = 0, *, process: tuple[int, int] | None = None,
-            quarantine: str = '', cache: str = '', cache_bytes: int = CACHE_BYTES, progress: Callable[..., Iterable] = lambda steps, **_: steps) -> Loader:
+            quarantine: str = '', cache: str = '', cache_bytes: int = CACHE_BYTES,
+            progress: Callable[..., Iterable] = lambda steps, **_: steps) -> Loader:
     """Endless batches of `batch_rows / count` rows, this shard's block of each global batch.
 
     Each epoch is packed anew.

@@ -2,8 +2,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vora_jax.planning.advice import Change, changes, first_that_fits, remat_of
+from vora_jax.planning.advice import Change, changes, first_that_fits
 from vora_jax.planning.facts import Facts
+from vora_jax.planning.kept import remat_of
 from vora_jax.planning.memory import PARTS
 from vora_jax.planning.search import Tried, mesh_of
 from vora_jax.planning.topology import Topology
@@ -72,7 +73,8 @@ def lines(found: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, ...]]]]:
             ('involuntary rematerialisations', str(found['involuntary_rematerialisations']))]
     buffers = [(f'{one["array"] or one["name"]}  {_end(one["source"])}', _size(one['bytes']))
                for one in found['largest_buffers'][:5]]
-    return [('memory of a device', held), ('its largest buffers at the worst moment', buffers), ('collectives of a step, bytes of a device', moved), ('', sums)]
+    return [('memory of a device', held), ('its largest buffers at the worst moment', buffers),
+            ('collectives of a step, bytes of a device', moved), ('', sums)]
 
 
 def _end(source: str) -> str:
@@ -94,9 +96,9 @@ def heading(found: Mapping[str, Any]) -> list[str]:
         every = [Change(**change) for change in found['advice']]
         best = first_that_fits(every, usable)
         if best:
-            guess = f', about {_size(best.peak_bytes)}' if best.peak_bytes else ''
-            told.append(f'cheapest change: {" ".join(best.flags)} ({best.costs}{guess})')
-        told += [f'  or {" ".join(change.flags)} ({change.costs})' for change in every if change != best]
+            told.append(f'cheapest change: {" ".join(best.flags)} ({best.costs}; about {_size(best.peak_bytes)})')
+        told += [f'  or {" ".join(change.flags)} ({change.costs}; about {_size(change.peak_bytes)})'
+                 for change in every if change != best]
     spent = found['compilation']
     done = 'compiled' if spent['complete'] else 'compiled up to buffer assignment'
     told.append(f'{done}, not run: {spent["seconds"]:,.0f} s, {spent["cpu_seconds"]:,.0f} CPU s, '

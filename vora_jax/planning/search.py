@@ -4,8 +4,8 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
-from vora_jax.planning.advice import REMATS
 from vora_jax.planning.facts import Facts
+from vora_jax.planning.kept import REMATS
 from vora_jax.planning.memory import Held, part_bytes
 
 
@@ -68,12 +68,12 @@ def candidates(num_devices: int, slices: int, batch_rows: int, remats: Iterable[
 
 def least_bytes(candidate: Candidate, arrays: Iterable[Held], batch_rows: int, row_bytes: float) -> float:
     """A lower bound of what a device needs: all that lives through the step, the gradients (twice with accumulation: the
-    sum and the part), and the states that enter each layer, `row_bytes` for a row."""
+    sum and the part), and what is kept for the backward pass, `row_bytes` for a row."""
     mesh = candidate.sizes
     parts = part_bytes(arrays, mesh)
     rows = batch_rows / (candidate.accumulation * mesh['data'] * mesh['fsdp'])
     gradients = parts['trainable'] * (2 if candidate.accumulation > 1 else 1)
-    return sum(parts.values()) + gradients + rows * row_bytes / (mesh['context'])
+    return sum(parts.values()) + gradients + rows * row_bytes / (mesh['context'] * mesh['tensor'])
 
 
 def search(every: Iterable[Candidate], need: Callable[[Candidate], float], usable_bytes: float,

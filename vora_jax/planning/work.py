@@ -5,9 +5,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from vora_jax.planning.abstract_batch import full_row
-from vora_jax.planning.advice import remat_of
 from vora_jax.planning.collectives import wire_bytes
 from vora_jax.planning.facts import Facts
+from vora_jax.planning.kept import itemsize, remat_of, row_bytes
 from vora_jax.planning.memory import Held
 from vora_jax.planning.roofline import Demand, bound, rough_hbm_bytes
 from vora_jax.planning.search import Candidate
@@ -20,25 +20,9 @@ from vora_jax.training.flops import Work, executed_flops, model_flops, step_work
 PF = 1e15
 
 
-def itemsize(config: Train) -> int:
-    """Bytes of an activation."""
-    llm = getattr(config.method.stage(config.stage).model, 'llm', None)
-    return llm.dtype.itemsize if llm is not None else 4
-
-
 def max_loss_chunks(config: Train) -> int:
     """How often the loop over a row's targets runs at most: where all its text has targets."""
     return math.ceil(float(full_row(config).loss_mask.sum()) / LOGIT_CHUNK)
-
-
-def row_bytes(config: Train) -> float:
-    """Of the states that enter each layer and of a teacher's features, for one row."""
-    model = config.method.stage(config.stage).model
-    llm, distillation, row = getattr(model, 'llm', None), getattr(model, 'distillation', None), full_row(config)
-    total = llm.num_layers * row.tokens.size * llm.width * itemsize(config) if llm is not None else 0
-    if distillation is not None:
-        total += len(distillation.layers) * row.vision_slot.size * distillation.teacher.width * itemsize(config)
-    return float(total)
 
 
 def statistics(config: Train, platform: str) -> BatchStatistics:
@@ -99,12 +83,12 @@ def bound_seconds(config: Train, candidate: Candidate, topology: Topology, array
 
 
 def _hbm_bytes(config: Train, arrays: Iterable[Held], mesh: Mapping[str, int], remat: str) -> float:
-    """Rough: gathered weights in each pass, the state, the states that enter each layer."""
+    """Rough: gathered weights in each pass, the state, what is kept for the backward pass."""
     arrays = tuple(arrays)
     weights = sum(array.bytes / array.itemsize * itemsize(config) for array in arrays if array.part != 'optimizer')
     state = sum(array.shard_bytes(mesh) for array in arrays if array.part in ('trainable', 'optimizer'))
     passes = (2 if remat in ('', 'none') else 3) * config.accumulation
-    kept = row_bytes(config) * config.batch_rows / (mesh['data'] * mesh['fsdp'] * mesh['context'])
+    kept = row_bytes(config, remat) * config.batch_rows / (mesh['data'] * mesh['fsdp'] * mesh['context'])
     return rough_hbm_bytes(weights / mesh['tensor'], passes, state, kept)
 
 

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from vora_jax.params import count
-from vora_jax.training import checkpoint, guard, init_from, sharding, wandb_run
+from vora_jax.training import agree, checkpoint, guard, init_from, sharding, wandb_run
 from vora_jax.training import state as state_lib
 from vora_jax.training.attend import language_attention
 from vora_jax.training.checkpoint import Record
@@ -35,6 +35,7 @@ from vora_jax.types import UserError
 
 log = logging.getLogger(__name__)
 
+COMPILE_SECONDS = 3600  # that the first process to have compiled waits for the last
 IN_FLIGHT = 2  # steps the host may run ahead of the devices: hides its own work, yet Ctrl-C acts at once
 
 
@@ -115,9 +116,13 @@ def train(
         started = time.perf_counter() - record.seconds
         done, pending, in_flight, trouble = record.step, [], collections.deque(), None
         streak, saved = guard.Streak(config.guard.max_skips), record.step
+        # Processes compile for unlike times, and the first collective does not wait for ever: they meet before it.
+        step = program.step.lower(state, frozen, ready.batch).compile()
+        agree.collect('compiled', '', COMPILE_SECONDS)
+        agree.announce('compiled', '', COMPILE_SECONDS)
         while done < config.steps and not trouble:
             with profile.step(done + 1, in_flight):
-                state, metrics = program.step(state, frozen, ready.batch)
+                state, metrics = step(state, frozen, ready.batch)
             done, position = done + 1, ready.position
             pending.append(metrics)
             in_flight.append(metrics['loss'])

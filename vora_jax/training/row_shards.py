@@ -1,7 +1,7 @@
 """Which rows of a batch a process reads.
 
-Rows are cut over the mesh axes `sharding.ROWS`; devices along the other axes hold the same rows. Processes whose devices hold
-the same rows read the same ones.
+Rows are cut over the mesh axes `sharding.ROWS`; devices along the other axes hold the same rows. Processes whose devices
+hold the same rows read the same ones.
 """
 from typing import NamedTuple
 
@@ -37,8 +37,8 @@ def row_shard(mesh: jax.sharding.Mesh, process: int | None = None) -> RowShard:
     order = sorted(set(shares.values()))
     overlap = sum(map(len, order)) > len(set().union(*order))
     if overlap or len(set(map(len, order))) > 1:
-        raise UserError('Mesh.context x Mesh.tensor devices share their rows, but the devices of a process share only some of '
-                        'theirs with those of another; choose a product that divides the devices of a process, or is a '
+        raise UserError('Mesh.context x Mesh.tensor devices share their rows, but the devices of a process share only some '
+                        'of theirs with those of another; choose a product that divides the devices of a process, or is a '
                         'multiple of them.')
     return RowShard(order.index(own), len(order))
 

@@ -35,8 +35,8 @@ def open_data(config: Train, folder: Path, shard: RowShard) -> loader.Loader:
     folder = local_side(folder)
     folder.mkdir(parents=True, exist_ok=True)
     data = loader.batches(
-        config.data, config.method.vision_tokens, config.batch_rows, config.seed, shard, config.workers, process=(index, count),
-        quarantine=str(folder / quarantine), cache=str(folder / 'data'), progress=progress)
+        config.data, config.method.vision_tokens, config.batch_rows, config.seed, shard, config.workers,
+        process=(index, count), quarantine=str(folder / quarantine), cache=str(folder / 'data'), progress=progress)
     vocab_size = config.method.stage(config.stage).model.vocab_size
     if data.vocab_size > vocab_size:
         raise UserError(f'{config.data.tokenizer} is a tokenizer of {data.vocab_size} ids, but the model has '

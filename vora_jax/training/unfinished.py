@@ -13,5 +13,5 @@ def unfinished(given: str, opened: Opened) -> str:
     named = given.rstrip('/').endswith(f'/{opened.step}')
     if named or opened.metadata.origin != 'train' or not steps or opened.step >= int(steps[1]):
         return ''
-    return (f'{given} is at step {opened.step} of {steps[1]}: its training was stopped before the end; run its command again '
-            'to complete it, or name the step to take it as it is.')
+    return (f'{given} is at step {opened.step} of {steps[1]}: its training was stopped before the end; run its command '
+            'again to complete it, or name the step to take it as it is.')
