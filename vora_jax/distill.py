@@ -5,6 +5,7 @@ from typing import Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from vora_jax.nn.norms import RMSNorm
 from vora_jax.vision.vit import Vit
@@ -56,6 +57,8 @@ class DistillHead(nn.Module):
         target = jnp.take_along_axis(features, vision_source[..., None], axis=1)
         state = entering if self.pairing == 'input_to_output' else leaving
         state = jnp.take_along_axis(state, jnp.maximum(vision_slot, 0)[..., None], axis=1)
+        # Where rematerialisation keeps it, the layer's last product is not made again just for this head.
+        state = checkpoint_name(state, 'taught')
         state = RMSNorm(self.epsilon, name='norm')(state)
         kernel = self.param('kernel', nn.with_logical_partitioning(nn.initializers.lecun_normal(), ('embed', 'vision')),
                             (state.shape[-1], self.width), jnp.float32)

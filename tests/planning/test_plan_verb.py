@@ -71,8 +71,9 @@ def test_what_does_not_fit_gets_advice(capsys):
                  '--gin.LanguageModel.activation_dtype=float32', '--gin.LanguageModel.remat=none']
     assert plan(*arguments) == 1
     out = capsys.readouterr().out
-    assert 'does not fit: needs' in out and 'of 15.75 GiB' in out and 'cheapest change: --gin.LanguageModel.remat=' in out
-    assert '--gin.Train.accumulation=2' in out and '--topology v5e:2x4' in out
+    assert 'does not fit: needs' in out and 'of 15.75 GiB' in out
+    assert 'cheapest change: ' in out or 'no single change' in out
+    assert '--gin.LanguageModel.remat=matmuls' in out and '--gin.Train.accumulation=2' in out and '--topology v5e:2x4' in out
 
 
 @needs_libtpu

@@ -23,8 +23,8 @@ GPUs. A 7B model takes minutes; with --quick the compiler is stopped once memory
 run: times are bounds, not measurements.
 """
 EXAMPLE = """vora plan configs/vora/pretrain_7b.gin --topology v5p:4x4x4 --gin.Mesh.data=4 --gin.Mesh.fsdp=16
-  vora plan configs/vora/pretrain_7b.gin --topology v5e:8x8 --slices 2 --quick
-  vora plan configs/vora/pretrain_7b.gin --topology v6e:8x8 --search --max-compiles 6"""
+vora plan configs/vora/pretrain_7b.gin --topology v5e:8x8 --slices 2 --quick
+vora plan configs/vora/pretrain_7b.gin --topology v6e:8x8 --search --max-compiles 6"""
 
 # libtpu looks for the TPU machine around it, locks the chips it finds, and hides the warnings that are counted.
 TPU_ENVIRONMENT = {'JAX_PLATFORMS': 'cpu', 'TPU_SKIP_MDS_QUERY': '1', 'TPU_WORKER_HOSTNAMES': 'localhost',

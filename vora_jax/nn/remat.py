@@ -5,7 +5,8 @@ before it keep, takes more memory and saves more work (28 layers of a 7B model w
 layer: bf16 bytes kept, share of the executed work that the step needs anyway):
 
     full        nothing                                                                   7 K    0.74
-    attention   + the result of attention and its log-sum-exp: the kernel runs once      14 K    0.75
+    attention   + the result of attention and its log-sum-exp: the kernel runs once;
+                the states that distillation heads read                                16 K    0.75
     adapters    + the low-rank states x @ a                                              28 K    0.77
     no_mlp      + what the query, key and value layers give; the state after attention   44 K    0.80
     matmuls     + gate and up: no product is computed twice                             120 K    0.97
@@ -20,7 +21,7 @@ Remat = Literal['none', 'full', 'attention', 'adapters', 'no_mlp', 'matmuls']
 # What each policy adds: names given by `jax.ad_checkpoint.checkpoint_name` where the values are made.
 ADDED = {
     'full': (),
-    'attention': ('attention_out', 'attention_log_sum'),
+    'attention': ('attention_out', 'attention_log_sum', 'taught'),
     'adapters': ('low_rank',),
     'no_mlp': ('q_proj', 'k_proj', 'v_proj', 'attended'),
     'matmuls': ('gate_proj', 'up_proj'),
@@ -30,7 +31,7 @@ ADDED = {
 def kept(remat: Remat) -> tuple[str, ...]:
     """The names of what a policy keeps.
 
-    kept('adapters') gives ('attention_out', 'attention_log_sum', 'low_rank').
+    kept('adapters') gives ('attention_out', 'attention_log_sum', 'taught', 'low_rank').
     """
     policies = list(ADDED)
     return tuple(name for policy in policies[:policies.index(remat) + 1] for name in ADDED[policy])

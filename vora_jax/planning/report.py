@@ -97,7 +97,9 @@ def heading(found: Mapping[str, Any]) -> list[str]:
         best = first_that_fits(every, usable)
         if best:
             told.append(f'cheapest change: {" ".join(best.flags)} ({best.costs}; about {_size(best.peak_bytes)})')
-        told += [f'  or {" ".join(change.flags)} ({change.costs}; about {_size(change.peak_bytes)})'
+        else:
+            told.append('no single change is enough by estimate; take several of these, or --search:')
+        told += [f'  {"or " if best else ""}{" ".join(change.flags)} ({change.costs}; about {_size(change.peak_bytes)})'
                  for change in every if change != best]
     spent = found['compilation']
     done = 'compiled' if spent['complete'] else 'compiled up to buffer assignment'

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from vora_jax.model import VisionLanguageModel
 from vora_jax.nn.adapters import Adapter, ModalityKernel
 from vora_jax.nn.block import BlockShape
+from vora_jax.nn.remat import ADDED
 from vora_jax.nn.stack import LayerGroup
 from vora_jax.training.batch_statistics import Area, BatchStatistics, Count
 from vora_jax.vision.cue_enhancer import CueEnhancer
@@ -15,8 +16,8 @@ from vora_jax.vision.encoder_frontend import EncoderFrontend
 from vora_jax.vision.patch_frontend import PatchFrontend
 from vora_jax.vision.vit import Vit
 
-# What remat keeps, each policy also what those before it keep: see `LanguageModel.remat`.
-POLICIES = ('full', 'attention', 'adapters', 'no_mlp', 'matmuls', 'none')
+# Each policy also keeps what those before it keep.
+POLICIES = (*ADDED, 'none')
 
 
 class Product(NamedTuple):
@@ -169,7 +170,7 @@ def _group(stack: Stack, group: LayerGroup, path: str, trained: Trained, moves: 
     """The products of a group of blocks.
 
     moves: whether it has a backward pass.    last: how many of its layers are read.
-    leaving: a side module reads the state that leaves a layer, so that its last product is made again too.
+    leaving: a side module reads the state that leaves a layer: its last product is made again too, unless that is kept.
     """
     shape, layers, kept = stack.shape, (last, group.num_layers), POLICIES.index(remat)
     base, adapted, attended = stack.parts
@@ -182,7 +183,7 @@ def _group(stack: Stack, group: LayerGroup, path: str, trained: Trained, moves: 
     products = []
     for name, (fan_in, fan_out) in sizes.items():
         # Its output is made again until a policy keeps it; that of the block's last product is read by nobody else.
-        again = kept < {'gate_proj': 4, 'up_proj': 4, 'down_proj': 5 if leaving else 0}.get(name, 3)
+        again = kept < {'gate_proj': 4, 'up_proj': 4, 'down_proj': 1 if leaving else 0}.get(name, 3)
         adapters = dict(group.adapters).get(name, ())
         replaced = [stack.context_rows[adapter.scope].needed for adapter in adapters if isinstance(adapter, ModalityKernel)]
         rows = stack.slots._replace(needed=stack.slots.needed - sum(replaced)).times(*layers)
