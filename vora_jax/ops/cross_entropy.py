@@ -24,21 +24,21 @@ def cross_entropy_sum(hidden, unembedding, targets, mask, chunk: int = 32):
 
 
 def _walk(hidden, unembedding, targets, mask, chunk, *, with_gradients):
-    batch, slots, width = hidden.shape
+    slots = hidden.shape[1]
     chunk = min(chunk, slots)
     num_targets = jnp.sum(mask > 0, axis=1).max()
-    # Stable: target slots first, in their order. Padded so that the last chunk reads (and drops) slot `slots`.
+    # Stable: target slots first, in their order. Padded so that the last chunk reads, and drops, slot `slots`. Rows are
+    # moved once and whole, not chunk by chunk: on a mesh no row then leaves its device.
     order = jnp.argsort(mask <= 0, axis=1, stable=True).astype(jnp.int32)
+    back = jnp.argsort(order, axis=1).astype(jnp.int32)
     order = jnp.pad(order, ((0, 0), (0, chunk)), constant_values=slots)
-    rows = jnp.arange(batch, dtype=jnp.int32)[:, None]
+    states_first, weights_first, targets_first = (_moved(x, order) for x in (hidden, mask, targets))
     kernel = unembedding.astype(hidden.dtype)
 
     def body(index, carry):
-        total, d_hidden, d_kernel = carry
-        slot = jax.lax.dynamic_slice_in_dim(order, index * chunk, chunk, axis=1)
-        states = hidden.at[rows, slot].get(mode='fill', fill_value=0)
-        weight = mask.at[rows, slot].get(mode='fill', fill_value=0)
-        target = targets.at[rows, slot].get(mode='fill', fill_value=0)
+        total, d_states_first, d_kernel = carry
+        states, weight, target = (jax.lax.dynamic_slice_in_dim(x, index * chunk, chunk, axis=1)
+                                  for x in (states_first, weights_first, targets_first))
         logits = jnp.einsum('bcd,dv->bcv', states, kernel, preferred_element_type=jnp.float32)
         log_z = jax.nn.logsumexp(logits, axis=-1)
         picked = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
@@ -47,16 +47,23 @@ def _walk(hidden, unembedding, targets, mask, chunk, *, with_gradients):
             d_logits = jnp.exp(logits - log_z[..., None])
             d_logits = (d_logits - jax.nn.one_hot(target, logits.shape[-1], dtype=jnp.float32)) * weight[..., None]
             d_states = jnp.einsum('bcv,dv->bcd', d_logits.astype(kernel.dtype), kernel)
-            d_hidden = d_hidden.at[rows, slot].set(d_states, mode='drop')
+            d_states_first = jax.lax.dynamic_update_slice_in_dim(d_states_first, d_states, index * chunk, axis=1)
             d_kernel = d_kernel + jnp.einsum('bcd,bcv->dv', states, d_logits.astype(states.dtype),
                                              preferred_element_type=jnp.float32)
-        return total, d_hidden, d_kernel
+        return total, d_states_first, d_kernel
 
     num_chunks = (num_targets + chunk - 1) // chunk
     zero = (jnp.zeros((), jnp.float32), None, None)
     if with_gradients:
-        zero = (zero[0], jnp.zeros_like(hidden), jnp.zeros(unembedding.shape, jnp.float32))
-    return jax.lax.fori_loop(0, num_chunks, body, zero)
+        zero = (zero[0], jnp.zeros_like(states_first), jnp.zeros(unembedding.shape, jnp.float32))
+    total, d_states_first, d_kernel = jax.lax.fori_loop(0, num_chunks, body, zero)
+    return total, _moved(d_states_first, back) if with_gradients else None, d_kernel
+
+
+def _moved(x, order):
+    """[B, T, ...]: slots `order: i32[B, T]` of each row of x; 0 where there is none of that number."""
+    order = order.reshape(*order.shape, *[1] * (x.ndim - 2))
+    return jnp.take_along_axis(x, order, axis=1, mode='fill', fill_value=0)
 
 
 def _forward(hidden, unembedding, targets, mask, chunk):
