@@ -19,6 +19,7 @@ from vora_jax.llm.decoder import LanguageModel
 from vora_jax.method import Method, Stage
 from vora_jax.training import sharding, state
 from vora_jax.training.config import Mesh, Optimizer
+from vora_jax.training.head import make_cross_entropy
 from vora_jax.training.program import placed
 from vora_jax.training.row_shards import row_shard
 from vora_jax.training.step import compile_step, make_step
@@ -66,7 +67,8 @@ def start(
             new = new._replace(opt_state=optimizer.init(new.trainable))
         rates = optax.constant_schedule(rate)
         one = make_step(plan.model, plan.optimizer, rates, stage.distill_weight, accumulation, seed,
-                        in_shards=functools.partial(placed, plan=plan, mesh=mesh, how=config.gather))
+                        in_shards=functools.partial(placed, plan=plan, mesh=mesh, how=config.gather),
+                        cross_entropy=make_cross_entropy(mesh, config.gather))
         places = jax.tree.map(lambda x: x.sharding, new)
         values = _own_rows(on, mesh)
         lowered = compile_step(one, places, plan.frozen_shardings, mesh).lower(new, frozen, values)

@@ -109,5 +109,5 @@ def test_rows_slots_and_dimensions_must_divide_over_the_mesh():
     mesh = sharding.make_mesh(Mesh(context=8), jax.devices()[:8])
     with pytest.raises(UserError, match='Data.max_slots is 60, .* choose a multiple of 8'):
         sharding.check_slots(dataclasses.replace(RUN, data=dataclasses.replace(DATA, max_slots=60)), mesh)
-    with pytest.raises(UserError, match='which the 4 devices of tensor do not divide'):
+    with pytest.raises(UserError, match='Mesh.tensor = 4 does not divide dimension . of .*, of size 6'):
         tiny_run.start(tiny_run.narrow(), tiny_run.batch(rows=8), (1, 1, 4))

@@ -3,6 +3,7 @@
 A loss is a sum over slots divided by a count over the *global* batch, known before any micro-batch runs:
 never a mean of means.
 """
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -40,6 +41,7 @@ def objective(
     total: Totals,
     distill_weight: float,
     dropout_key: Array | None = None,
+    cross_entropy: Callable[..., Array] = cross_entropy_sum,
 ) -> tuple[Array, dict[str, Array]]:
     """(f32[] loss, its parts) of one micro-batch, as its share of the global batch's loss.
 
@@ -52,6 +54,7 @@ def objective(
         total: counts of the whole batch.
         distill_weight: weight of the distillation loss; the language loss has weight 1.
         dropout_key: None runs without dropout.
+        cross_entropy: `ops.cross_entropy.cross_entropy_sum`, perhaps cut over a mesh.
 
     Returns:
         The loss, and {'lm_loss', 'distill_loss': f32[], 'distill_layers': f32[L_d]} before weighting.
@@ -61,7 +64,7 @@ def objective(
     else:
         rngs = {'dropout': dropout_key}
         output = model.clone(deterministic=False).apply({'params': params}, batch, rngs=rngs)
-    language = cross_entropy_sum(output.hidden, model.unembedding(params), batch.targets, batch.loss_mask)
+    language = cross_entropy(output.hidden, model.unembedding(params), batch.targets, batch.loss_mask)
     lm_loss = language / total.targets
     layers = output.distill_sum / total.vision[None]
     distill_loss = jnp.mean(layers) if layers.size else jnp.zeros((), jnp.float32)

@@ -8,6 +8,7 @@ from vora_jax.training import row_shards, sharding
 from vora_jax.training import state as state_lib
 from vora_jax.training.config import HowToGather, Train
 from vora_jax.training.gather import in_shards
+from vora_jax.training.head import make_cross_entropy
 from vora_jax.training.optimizer import schedule
 from vora_jax.training.step import Gradient, Step, compile_step, make_step
 
@@ -33,7 +34,8 @@ def build(config: Train, batch: Any, mesh: jax.sharding.Mesh) -> Program:
     how = config.mesh.gather
     plan = state_lib.plan(stage, config.optimizer, micro, mesh, config.frozen_dtype, config.attention, how)
     step = make_step(plan.model, plan.optimizer, schedule(config.optimizer), stage.distill_weight, config.accumulation,
-                     config.seed, config.guard.max_sigmas, functools.partial(placed, plan=plan, mesh=mesh, how=how))
+                     config.seed, config.guard.max_sigmas, functools.partial(placed, plan=plan, mesh=mesh, how=how),
+                     make_cross_entropy(mesh, how))
     return Program(plan, compile_step(step, plan.state_shardings, plan.frozen_shardings, mesh))
 
 

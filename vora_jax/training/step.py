@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from vora_jax.batch import Batch
+from vora_jax.ops.cross_entropy import cross_entropy_sum
 from vora_jax.params import combine
 from vora_jax.training import guard, losses, sharding
 from vora_jax.training.state import State
@@ -25,12 +26,14 @@ def make_step(
     seed: int,
     max_sigmas: float = 0.0,
     in_shards: Callable[[Gradient], Gradient] = lambda gradient: gradient,
+    cross_entropy: Callable[..., Array] = cross_entropy_sum,
 ) -> Step:
     """The pure function `(state, frozen, batch) -> (state, metrics)` of one optimizer step.
 
     A step that `guard.judge` refuses changes nothing but `State.step`; its metrics tell what was refused.
 
     Args:
+        cross_entropy: see `losses.objective`.
         in_shards: wraps what computes the gradient of a micro-batch, see `gather.in_shards`.
     """
 
@@ -39,7 +42,7 @@ def make_step(
             params = combine(trainable, frozen)
             if model.gather is not None:
                 params = model.gather('', params)
-            return losses.objective(model, params, micro, total, distill_weight, key)
+            return losses.objective(model, params, micro, total, distill_weight, key, cross_entropy)
 
         # Strict for our own code only: optax mixes dtypes.
         with jax.numpy_dtype_promotion('strict'), jax.numpy_rank_promotion('raise'):
