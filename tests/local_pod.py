@@ -10,7 +10,7 @@ import time
 import jax
 import numpy as np
 
-from vora_jax.training import checkpoint, workdir
+from vora_jax.training.checkpoints import checkpoint, workdir
 
 
 class LocalPod:

@@ -11,9 +11,9 @@ from tiny_model import quick_jit
 
 from vora_jax.cli import gin_config
 from vora_jax.data.packing import Budgets, Picture, Text, layout, stack
-from vora_jax.training import sharding
 from vora_jax.training import state as state_lib
 from vora_jax.training.config import Mesh, validate
+from vora_jax.training.mesh import sharding
 from vora_jax.training.optimizer import multipliers, schedule
 from vora_jax.training.step import make_step
 

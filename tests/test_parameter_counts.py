@@ -8,9 +8,9 @@ import pytest
 from vora_jax.cli import gin_config
 from vora_jax.data.packing import Budgets, layout, stack
 from vora_jax.params import flatten, matches
-from vora_jax.training import sharding
 from vora_jax.training import state as state_lib
 from vora_jax.training.config import Mesh
+from vora_jax.training.mesh import sharding
 
 CONFIGS = pathlib.Path(__file__).parent.parent / 'configs'
 IN_LLM, IN_VIT = 'decoder/*/adapter_*', 'frontend/encoder/*/adapter_*'

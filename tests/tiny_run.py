@@ -17,11 +17,12 @@ from vora_jax.data.fake import fake_batch
 from vora_jax.data.text.tokenizer import train_sentencepiece
 from vora_jax.llm.decoder import LanguageModel
 from vora_jax.method import Method, Stage
-from vora_jax.training import sharding, state
+from vora_jax.training import state
 from vora_jax.training.config import Mesh, Optimizer
-from vora_jax.training.head import make_cross_entropy
+from vora_jax.training.mesh import sharding
+from vora_jax.training.mesh.head import make_cross_entropy
+from vora_jax.training.mesh.row_shards import row_shard
 from vora_jax.training.program import placed
-from vora_jax.training.row_shards import row_shard
 from vora_jax.training.step import compile_step, make_step
 from vora_jax.vision.patch_embed import PatchEmbed
 from vora_jax.vision.vit import Vit
@@ -50,8 +51,9 @@ def start(
     optimizer: optax.GradientTransformation | None = None,
     rate: float = 1e-2,
 ):
-    """(plan, state, frozen, step) of a stage on a mesh of these sizes (data, fsdp, tensor and, where not usual, context, gather), with
-    random parameters: no adapter is zero.
+    """(plan, state, frozen, step) of a stage on a mesh, with random parameters: no adapter is zero.
+
+    sizes: data, fsdp, tensor and, where not usual, context and gather.
 
     With `optimizer` (of gradients alone, such as `optax.sgd(1.0)`) the change of the parameters shows the
     gradients.

@@ -9,7 +9,7 @@ import tiny_pictures
 
 from vora_jax.convert.export.exportable import smallest_batch
 from vora_jax.params import flatten, unflatten
-from vora_jax.training.checkpoint import write_checkpoint
+from vora_jax.training.checkpoints.checkpoint import write_checkpoint
 
 TAGGER = '\n'.join(line for line in tiny_pictures.CONFIG.replace('@vora()', '@image_tagger()').splitlines()
                    if not line.startswith(('LanguageModel', 'vora'))) + '\nimage_tagger.vocab_size = 300\n'

@@ -8,7 +8,7 @@ import tiny_pictures
 
 from vora_jax.cli.main import main
 from vora_jax.data.fake import fake_batch
-from vora_jax.training.checkpoint import write_checkpoint
+from vora_jax.training.checkpoints.checkpoint import write_checkpoint
 
 SMALL = ('--gin.Eval.batch_rows=4', '--gin.Eval.max_new_tokens=3')  # one compiled program for all tests
 

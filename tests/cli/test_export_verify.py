@@ -14,7 +14,7 @@ from export_checkpoints import ADAPTED, CLIP, TAGGER, write
 from vora_jax.cli import gin_config
 from vora_jax.cli.main import main
 from vora_jax.params import flatten
-from vora_jax.training.checkpoint import open_checkpoint
+from vora_jax.training.checkpoints.checkpoint import open_checkpoint
 
 
 @pytest.fixture(scope='module')

@@ -19,8 +19,9 @@ from vora_jax.cli import gin_config, import_
 from vora_jax.cli import main as cli
 from vora_jax.data.text.tokenizer import train_sentencepiece
 from vora_jax.params import flatten
-from vora_jax.training import checkpoint, init_from, state
-from vora_jax.training.checkpoint import open_checkpoint
+from vora_jax.training import init_from, state
+from vora_jax.training.checkpoints import checkpoint
+from vora_jax.training.checkpoints.checkpoint import open_checkpoint
 from vora_jax.types import UserError
 
 UP = 'model.layers.1.mlp.up_proj.weight'

@@ -12,7 +12,7 @@ from vora_jax.cli import gin_config
 from vora_jax.cli.main import main
 from vora_jax.params import flatten
 from vora_jax.training import init_from
-from vora_jax.training.checkpoint import open_checkpoint
+from vora_jax.training.checkpoints.checkpoint import open_checkpoint
 
 torch = pytest.importorskip('torch', reason="needs pip install 'vora_jax[torch]'")
 

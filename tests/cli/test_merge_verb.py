@@ -8,7 +8,7 @@ from vora_jax.cli.main import main
 from vora_jax.merge import merge
 from vora_jax.nn.block import LINEARS
 from vora_jax.params import flatten
-from vora_jax.training.checkpoint import open_checkpoint
+from vora_jax.training.checkpoints.checkpoint import open_checkpoint
 
 
 def test_the_command_merges_a_vision_scope(tmp_path, capsys):

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import tiny_run
 
-from vora_jax.training import checkpoint, init_from, record
-from vora_jax.training import workdir as folders
-from vora_jax.training.checksum import SIDECAR
+from vora_jax.training import init_from
+from vora_jax.training.checkpoints import checkpoint, record
+from vora_jax.training.checkpoints import workdir as folders
+from vora_jax.training.checkpoints.checksum import SIDECAR
 
 STEPS, EVERY = 240, 40
 

@@ -12,8 +12,9 @@ from vora_jax.planning import memory
 from vora_jax.planning.facts import largest
 from vora_jax.planning.traffic import least_traffic
 from vora_jax.planning.unplaced import held_on, parameter_shapes
-from vora_jax.training import program, sharding
+from vora_jax.training import program
 from vora_jax.training.config import Mesh, Optimizer
+from vora_jax.training.mesh import sharding
 
 GIB = 2**30
 

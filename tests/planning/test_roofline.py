@@ -2,7 +2,7 @@
 import pytest
 
 from vora_jax.planning.roofline import Demand, bound, links, rough_hbm_bytes
-from vora_jax.training.chips import CHIPS, GIB, chip_of, chip_of_topology
+from vora_jax.training.flops.chips import CHIPS, GIB, chip_of, chip_of_topology
 from vora_jax.types import UserError
 
 V5E, V5P, V6E, H100 = (chip_of_topology(name) for name in ('v5e:8x8', 'v5p:4x4x4', 'v6e:16x16', 'h100:8'))

@@ -8,9 +8,10 @@ from tiny_methods import METHODS, method_batch
 
 from vora_jax.bench.random_batch import draw, parse
 from vora_jax.ops import range_attention_tpu
-from vora_jax.training import sharding
-from vora_jax.training.batch_statistics import LOGIT_CHUNK, attention_area, statistics_of
+from vora_jax.ops.cross_entropy import CHUNK
 from vora_jax.training.config import Mesh
+from vora_jax.training.flops.statistics import attention_area, statistics_of
+from vora_jax.training.mesh import sharding
 from vora_jax.types import TEXT, KeyRange
 
 
@@ -64,7 +65,7 @@ def test_counts_of_a_batch(name):
     assert found.vision == ((batch.vision_slot >= 0).sum(), batch.vision_slot.size)
     assert found.places == ((batch.patches.image_id >= 0).sum(), batch.patches.image_id.size)
     assert found.images == (sum(len(set(row[row >= 0])) for row in batch.patches.image_id), batch.patches.grid[..., 0].size)
-    chunk = min(LOGIT_CHUNK, slots)
+    chunk = min(CHUNK, slots)
     most = [max((batch.loss_mask[row] > 0).sum() for row in rows) for rows in ((0, 2), (1, 3))]
     assert found.targets == ((batch.loss_mask > 0).sum(), sum(2 * chunk * math.ceil(targets / chunk) for targets in most))
     assert found.image_attention.pairs == ((batch.patches.key_stop - batch.patches.key_start).sum(), rows * 27**2)

@@ -15,9 +15,10 @@ import optax
 import pytest
 
 from vora_jax.params import flatten
-from vora_jax.training import checkpoint, checkpoint_writer, checksum
-from vora_jax.training.checkpoint import Record
-from vora_jax.training.fingerprint import content_hash
+from vora_jax.training.checkpoints import checkpoint, checksum
+from vora_jax.training.checkpoints import writer as checkpoint_writer
+from vora_jax.training.checkpoints.checkpoint import Record
+from vora_jax.training.checkpoints.fingerprint import content_hash
 from vora_jax.types import UserError
 
 FROZEN = {'base': {'kernel': jnp.arange(12, dtype=jnp.bfloat16).reshape(3, 4)}}

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vora_jax.training import checkpoint, checksum, workdir
-from vora_jax.training.checkpoint_writer import Writer
-from vora_jax.training.record import Record
+from vora_jax.training.checkpoints import checkpoint, checksum, workdir
+from vora_jax.training.checkpoints.record import Record
+from vora_jax.training.checkpoints.writer import Writer
 from vora_jax.types import UserError
 
 ROWS = 64

@@ -9,8 +9,9 @@ from jax.sharding import PartitionSpec as P
 
 from vora_jax.data.fake import fake_batch
 from vora_jax.planning import hlo
-from vora_jax.training import sharding, state
+from vora_jax.training import state
 from vora_jax.training.config import Mesh, Optimizer
+from vora_jax.training.mesh import sharding
 from vora_jax.training.step import compile_step, make_step
 
 # Rows, slots and places of patches are multiples of primes that no dimension of a parameter has.

@@ -7,10 +7,10 @@ import pytest
 import tiny_run
 
 from vora_jax.data.config import Data, Source
-from vora_jax.training import sharding
 from vora_jax.training.config import Mesh, Optimizer, Train, validate
 from vora_jax.training.config_changes import differences, first_difference
-from vora_jax.training.row_shards import check_rows
+from vora_jax.training.mesh import sharding
+from vora_jax.training.mesh.row_shards import check_rows
 from vora_jax.types import UserError
 
 DATA = Data((Source('rows.jsonl'),), 'tokenizer')

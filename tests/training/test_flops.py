@@ -18,13 +18,14 @@ from vora_jax.data.packing import Budgets, Picture, Text, layout, stack
 from vora_jax.llm.decoder import LanguageModel
 from vora_jax.nn.gated_prompts import GatedPrompts
 from vora_jax.nn.remat import Remat
+from vora_jax.ops.cross_entropy import CHUNK
 from vora_jax.params import flatten, partition
-from vora_jax.training import sharding
 from vora_jax.training import state as state_lib
-from vora_jax.training.batch_statistics import LOGIT_CHUNK, Count, statistics_of
 from vora_jax.training.config import Mesh, Optimizer
-from vora_jax.training.flops import executed_flops, flops_of_row, model_flops, step_work
+from vora_jax.training.flops.statistics import Count, statistics_of
+from vora_jax.training.flops.step_work import executed_flops, flops_of_row, model_flops, step_work
 from vora_jax.training.losses import counts
+from vora_jax.training.mesh import sharding
 from vora_jax.training.optimizer import schedule
 from vora_jax.training.step import make_step
 from vora_jax.vision.patch_embed import PatchEmbed
@@ -63,7 +64,7 @@ def check(name, title, remat='none', accumulation=1):
                        text_only=method.vision_tokens is None)
     jaxpr, trained = jaxpr_of(stage, batch, accumulation)
     statistics = statistics_of(batch, stage.model, accumulation)
-    trips = {math.ceil((batch.loss_mask[i::accumulation] > 0).sum(1).max() / LOGIT_CHUNK) for i in range(accumulation)}
+    trips = {math.ceil((batch.loss_mask[i::accumulation] > 0).sum(1).max() / CHUNK) for i in range(accumulation)}
     assert len(trips) == 1
     return executed_flops(step_work(stage.model, trained, statistics)), matmul_flops(jaxpr, trips.pop())
 

@@ -11,8 +11,9 @@ import tiny_run
 from jax.sharding import PartitionSpec as P
 
 from vora_jax.params import flatten
-from vora_jax.training import sharding, state
+from vora_jax.training import state
 from vora_jax.training.config import Mesh, Optimizer
+from vora_jax.training.mesh import sharding
 from vora_jax.training.program import placed
 from vora_jax.training.step import make_step
 from vora_jax.types import UserError

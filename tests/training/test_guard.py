@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from tiny_model import quick_jit
 
 from vora_jax.cli import gin_config
-from vora_jax.training import checkpoint, guard, loop
+from vora_jax.training import guard, loop
+from vora_jax.training.checkpoints import checkpoint
 from vora_jax.training.config import Guard
 from vora_jax.training.config_changes import first_difference
 from vora_jax.types import UserError

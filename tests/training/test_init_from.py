@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from vora_jax.training import init_from
-from vora_jax.training.checkpoint import write_checkpoint
+from vora_jax.training.checkpoints.checkpoint import write_checkpoint
 from vora_jax.types import UserError
 
 

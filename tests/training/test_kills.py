@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tiny_run
 
-from vora_jax.training import checkpoint, checksum, workdir
+from vora_jax.training.checkpoints import checkpoint, checksum, workdir
 
 EVERY = 2  # steps between checkpoints: nearly always one is under way
 

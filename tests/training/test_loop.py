@@ -11,8 +11,8 @@ import tiny_run
 from vora_jax.cli import gin_config
 from vora_jax.params import flatten
 from vora_jax.training import loop
-from vora_jax.training.checkpoint import open_checkpoint
-from vora_jax.training.checksum import SIDECAR
+from vora_jax.training.checkpoints.checkpoint import open_checkpoint
+from vora_jax.training.checkpoints.checksum import SIDECAR
 from vora_jax.types import UserError
 
 
@@ -132,7 +132,7 @@ def test_other_data_is_refused_although_paths_may_move(gin_file, whole, tmp_path
 
 
 def test_a_merged_checkpoint_is_not_trained_in_place(gin_file, whole, tmp_path):
-    from vora_jax.training.checkpoint import write_checkpoint
+    from vora_jax.training.checkpoints.checkpoint import write_checkpoint
 
     opened = open_checkpoint(whole)
     merged = tmp_path / 'merged'

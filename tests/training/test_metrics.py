@@ -8,11 +8,11 @@ import types
 import numpy as np
 import pytest
 
-from vora_jax.training import json_lines, metrics, rows, wandb_run
-from vora_jax.training.clock import Clock, Split
-from vora_jax.training.metrics import Log
-from vora_jax.training.rows import summarise, timing
-from vora_jax.training.yardstick import Yardstick
+from vora_jax.training.log import json_lines, metrics, rows, wandb_run
+from vora_jax.training.log.clock import Clock, Split
+from vora_jax.training.log.metrics import Log
+from vora_jax.training.log.rows import summarise, timing
+from vora_jax.training.log.yardstick import Yardstick
 from vora_jax.types import UserError
 
 YARDSTICK = Yardstick(num_slots=16)

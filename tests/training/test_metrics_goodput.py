@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from vora_jax.training.clock import Split
-from vora_jax.training.goodput import FILE, History
+from vora_jax.training.log.clock import Split
+from vora_jax.training.log.goodput import FILE, History
 
 SECOND = {'num_timed_steps': 10, 'data_seconds': 0.1, 'device_seconds': 0.6, 'save_seconds': 0.1, 'host_seconds': 0.2}
 

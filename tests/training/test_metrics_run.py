@@ -6,9 +6,11 @@ import pytest
 import tiny_run
 
 from vora_jax.cli import gin_config
-from vora_jax.training import chips, json_lines, loop, yardstick
-from vora_jax.training.checksum import SIDECAR
-from vora_jax.training.clock import Split
+from vora_jax.training import loop
+from vora_jax.training.checkpoints.checksum import SIDECAR
+from vora_jax.training.flops import chips
+from vora_jax.training.log import json_lines, yardstick
+from vora_jax.training.log.clock import Split
 
 
 def run(gin_file, workdir, *bindings):

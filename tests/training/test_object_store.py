@@ -9,7 +9,7 @@ import object_store
 import pytest
 import tiny_run
 
-from vora_jax.training import storage, workdir
+from vora_jax.training.checkpoints import storage, workdir
 from vora_jax.types import UserError
 
 pytest.importorskip('gcsfs')
@@ -31,9 +31,9 @@ def python(store: object_store.Store, home: pathlib.Path, *words: str) -> str:
 
 SCRIPT = """
 import jax.numpy as jnp, numpy as np, pathlib, sys
-from vora_jax.training import checkpoint, checksum, storage, workdir
-from vora_jax.training.checkpoint_writer import Writer
-from vora_jax.training.record import Record
+from vora_jax.training.checkpoints import checkpoint, checksum, storage, workdir
+from vora_jax.training.checkpoints.writer import Writer
+from vora_jax.training.checkpoints.record import Record
 from vora_jax.types import UserError
 folder, local, action = storage.to_path('gs://bucket/run'), pathlib.Path(sys.argv[1]), sys.argv[2]
 if action == 'save':

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from vora_jax.training.config import _check_profile
-from vora_jax.training.profile import TRIGGER, Profile
+from vora_jax.training.log.profile import TRIGGER, Profile
 from vora_jax.types import UserError
 
 

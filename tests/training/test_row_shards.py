@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vora_jax.training import sharding
-from vora_jax.training.row_shards import check_rows, row_shard
+from vora_jax.training.mesh import sharding
+from vora_jax.training.mesh.row_shards import check_rows, row_shard
 from vora_jax.types import UserError
 
 

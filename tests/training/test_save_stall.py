@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vora_jax.training import workdir
-from vora_jax.training.checkpoint_writer import Writer
-from vora_jax.training.record import Record
+from vora_jax.training.checkpoints import workdir
+from vora_jax.training.checkpoints.record import Record
+from vora_jax.training.checkpoints.writer import Writer
 
 WIDTH, LAYERS, ROWS = 2048, 20, 1024  # 1.0 GB with both moments; a step of some seconds
 

@@ -10,9 +10,9 @@ import tiny_run
 from tiny_model import quick_jit
 
 from vora_jax.ops.attention import attention
-from vora_jax.training import attend as attend_lib
-from vora_jax.training import sharding
 from vora_jax.training.config import Mesh
+from vora_jax.training.mesh import attend as attend_lib
+from vora_jax.training.mesh import sharding
 from vora_jax.types import KeyRange, UserError
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 8

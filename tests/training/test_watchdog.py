@@ -29,11 +29,11 @@ def test_zero_switches_it_off(tmp_path):
 
 def test_a_stall_is_told_with_its_stage_and_all_stacks(tmp_path, capsys):
     ended = queue.Queue()
-    with watching(0.2, tmp_path, ended.put) as dog:
+    with watching(1, tmp_path, ended.put) as dog:
         dog.beat(DATA, 17)
-        reason = ended.get(timeout=10)
+        reason = ended.get(timeout=2.5)  # not the 4 seconds of a first step
     file = (tmp_path / 'hang-0.txt').read_text()
-    assert 'no step ended in 0.2 seconds: process 0 was at waiting for data (step 17)' in reason
+    assert 'no step ended in 1 seconds: process 0 was at waiting for data (step 17)' in reason
     assert file.startswith(reason) and 'test_a_stall_is_told' in file and 'in _bark' in file
     assert reason in capsys.readouterr().err
 

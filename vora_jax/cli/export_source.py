@@ -15,7 +15,7 @@ from vora_jax.data.text.templates import find_template, jinja
 from vora_jax.data.text.tokenizer import Tokenizer, load_tokenizer
 from vora_jax.method import VisionTokenRule
 from vora_jax.model import VisionLanguageModel
-from vora_jax.training import checkpoint
+from vora_jax.training.checkpoints import checkpoint
 from vora_jax.training.unfinished import unfinished
 from vora_jax.types import Params
 

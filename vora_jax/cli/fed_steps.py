@@ -10,12 +10,13 @@ import jax
 
 from vora_jax.batch import Batch
 from vora_jax.bench.data_turns import Cost, Side, take_turns
-from vora_jax.training import sharding, state
+from vora_jax.training import state
 from vora_jax.training.config import Train, validate
 from vora_jax.training.loop import IN_FLIGHT
+from vora_jax.training.mesh import sharding
+from vora_jax.training.mesh.row_shards import check_rows, row_shard
 from vora_jax.training.prefetch import Prefetch
 from vora_jax.training.program import build
-from vora_jax.training.row_shards import check_rows, row_shard
 from vora_jax.training.run_data import open_data
 
 # Batches that wait on the devices, and how many are read ahead while the program rests: these are used up before each

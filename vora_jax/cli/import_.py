@@ -25,8 +25,9 @@ from vora_jax.data.text.special_tokens import read_json
 from vora_jax.data.text.templates import find_template
 from vora_jax.method import Method
 from vora_jax.params import count, flatten, unflatten
-from vora_jax.training import checkpoint, sharding
+from vora_jax.training.checkpoints import checkpoint
 from vora_jax.training.config import Mesh, Train
+from vora_jax.training.mesh import sharding
 from vora_jax.types import UserError
 
 HELP = """Read a Hugging Face folder (weights in safetensors, config.json), or adapters, as a checkpoint.

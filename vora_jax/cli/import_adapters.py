@@ -14,7 +14,8 @@ from vora_jax.convert.export.exportable import parameter_shapes
 from vora_jax.convert.names.mismatch import name_list
 from vora_jax.data.text.tokenizer import tokenizer_files
 from vora_jax.params import unflatten
-from vora_jax.training import checkpoint, init_from
+from vora_jax.training import init_from
+from vora_jax.training.checkpoints import checkpoint
 from vora_jax.types import UserError
 
 

@@ -7,7 +7,7 @@ from vora_jax.convert.export.exportable import exportable
 from vora_jax.convert.export.merge_report import merge_report
 from vora_jax.merge import merge, raise_if_unmergeable
 from vora_jax.params import count
-from vora_jax.training.checkpoint import raise_if_used, write_checkpoint
+from vora_jax.training.checkpoints.checkpoint import raise_if_used, write_checkpoint
 from vora_jax.types import UserError
 
 HELP = """Fold the adapters of a checkpoint into its weights and write the result as a new checkpoint.

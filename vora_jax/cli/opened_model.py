@@ -8,7 +8,7 @@ from vora_jax.data.config import Data
 from vora_jax.data.text.tokenizer import Tokenizer, load_tokenizer
 from vora_jax.method import Stage, VisionTokenRule
 from vora_jax.model import VisionLanguageModel
-from vora_jax.training import checkpoint
+from vora_jax.training.checkpoints import checkpoint
 from vora_jax.types import Params, UserError
 
 

@@ -1,6 +1,6 @@
 """Checkpoints of adapters without their model."""
 from vora_jax.params import count
-from vora_jax.training.checkpoint import Opened
+from vora_jax.training.checkpoints.checkpoint import Opened
 from vora_jax.types import UserError
 
 PARTIAL = 'import of adapters'  # `Record.origin` of those

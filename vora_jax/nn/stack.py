@@ -47,7 +47,7 @@ def join_groups(groups: Iterable[LayerGroup]) -> tuple[LayerGroup, ...]:
 class Stack(nn.Module):
     """Layer groups in order, each an `nn.scan` over stacked parameters [L, ...] with rematerialisation.
 
-    gather: makes a layer's parameters whole where it is computed, (path, tree) -> tree; `training.sharding` has one.
+    gather: makes a layer's parameters whole where it is computed, (path, tree) -> tree; `training.mesh.sharding` has one.
     states: logical names of the dimensions of the states between layers: all that cuts them on a mesh.
     side: makes a module that is called in the scan body of groups with `side=True`, with (state entering the layer,
         state leaving it, its scanned input, its shared input); its results are stacked over those layers.

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from vora_jax.ops.key_range import MASKED, soft_capped
 from vora_jax.types import KeyRange
 
+BLOCK = 128  # sides of a tile, in slots
 # No score is as low; exp(MASKED - HALF_MASKED) is 0, also for a query whose peak or log-sum-exp is itself MASKED.
 HALF_MASKED = MASKED / 2
 
@@ -34,7 +35,7 @@ def refuses(q, k, v) -> str:
     return 'it computes in float32, not float64' if jnp.float64 in (q.dtype, k.dtype, v.dtype) else ''
 
 
-def forward(q, k, v, key_range: KeyRange, soft_cap: float | None = None, *, query_block: int = 128, key_block: int = 128):
+def forward(q, k, v, key_range: KeyRange, soft_cap: float | None = None, *, query_block: int = BLOCK, key_block: int = BLOCK):
     """(out, log_sum), as `ops.attention.Kernels.forward` has it."""
     query_block, key_block = min(query_block, q.shape[1]), min(key_block, k.shape[1])
     queries, limits = _split(q, k.shape[2], query_block), _limits(key_range, query_block)
@@ -64,8 +65,8 @@ def forward(q, k, v, key_range: KeyRange, soft_cap: float | None = None, *, quer
     return _join(out, q.shape, query_block), log_sum[..., 0].swapaxes(1, 2)
 
 
-def backward(q, k, v, key_range: KeyRange, log_sum, delta, d_out, soft_cap: float | None = None, *, query_block: int = 128,
-             key_block: int = 128):
+def backward(q, k, v, key_range: KeyRange, log_sum, delta, d_out, soft_cap: float | None = None, *, query_block: int = BLOCK,
+             key_block: int = BLOCK):
     """(d_q, d_k, d_v), as `ops.attention.Kernels.backward` has it."""
     query_block, key_block = min(query_block, q.shape[1]), min(key_block, k.shape[1])
     log_sum, delta = (x.swapaxes(1, 2)[..., None] for x in (log_sum, delta))

@@ -4,9 +4,11 @@ import functools
 import jax
 import jax.numpy as jnp
 
+CHUNK = 32  # slots of a row whose logits exist at a time
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def cross_entropy_sum(hidden, unembedding, targets, mask, chunk: int = 32):
+def cross_entropy_sum(hidden, unembedding, targets, mask, chunk: int = CHUNK):
     """f32[]: sum over slots of `mask * -log softmax(hidden @ unembedding)[targets]`.
 
     Args:

@@ -12,9 +12,10 @@ import jax
 from vora_jax.planning import topology as topology_lib
 from vora_jax.planning.abstract_batch import batch_shapes
 from vora_jax.planning.memory import held, stack_dims
-from vora_jax.training import program, sharding
-from vora_jax.training.attend import language_attention
+from vora_jax.training import program
 from vora_jax.training.config import Train
+from vora_jax.training.mesh import sharding
+from vora_jax.training.mesh.attend import language_attention
 
 PLAN, RESULT, TEXT = 'plan.json', 'result.json', 'compiled.txt'  # files in the folder, written in this order
 MODULE = 'jit_step'  # as XLA names the compiled step in what it dumps

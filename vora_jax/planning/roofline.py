@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from vora_jax.training.chips import Chip
+from vora_jax.training.flops.chips import Chip
 
 RING_OF = 16  # v5e and v6e: an axis of a slice closes to a ring only where it is as long
 CUBE = 4  # v4, v5p, tpu7x: axes that are multiples of it close to rings

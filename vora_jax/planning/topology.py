@@ -3,7 +3,7 @@ import importlib.util
 import math
 from typing import Any, NamedTuple
 
-from vora_jax.training.chips import CHIPS, Chip, chip_of_topology
+from vora_jax.training.flops.chips import CHIPS, Chip, chip_of_topology
 from vora_jax.types import UserError
 
 EXAMPLES = 'v5e:8x8, v5p:8x8x8, v6e:16x16, h100:8'
@@ -30,7 +30,7 @@ _GPU_FACTS = {
 
 
 class Topology(NamedTuple):
-    """kind: of chip, as `training.chips` names it.    shape: chips of a slice, along the axes of its torus.
+    """kind: of chip, as `training.flops.chips` names it.    shape: chips of a slice, along the axes of its torus.
     slices: joined by a slower network."""
 
     kind: str

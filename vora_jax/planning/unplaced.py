@@ -8,9 +8,9 @@ import jax
 from vora_jax.params import flatten, partition
 from vora_jax.planning.abstract_batch import batch_shapes
 from vora_jax.planning.memory import TEACHER, Held
-from vora_jax.training import sharding
 from vora_jax.training.config import Train
-from vora_jax.training.gather import cut_axes
+from vora_jax.training.mesh import sharding
+from vora_jax.training.mesh.gather import cut_axes
 
 
 def parameter_shapes(config: Train) -> Any:

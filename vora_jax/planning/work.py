@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from vora_jax.ops.cross_entropy import CHUNK
 from vora_jax.planning.abstract_batch import full_row
 from vora_jax.planning.collectives import wire_bytes
 from vora_jax.planning.facts import Facts
@@ -13,16 +14,16 @@ from vora_jax.planning.roofline import Demand, bound, rough_hbm_bytes
 from vora_jax.planning.search import Candidate
 from vora_jax.planning.topology import Topology
 from vora_jax.planning.traffic import least_traffic
-from vora_jax.training.batch_statistics import LOGIT_CHUNK, BatchStatistics, statistics_of
 from vora_jax.training.config import Train
-from vora_jax.training.flops import Work, executed_flops, model_flops, step_work
+from vora_jax.training.flops.statistics import BatchStatistics, statistics_of
+from vora_jax.training.flops.step_work import Work, executed_flops, model_flops, step_work
 
 PF = 1e15
 
 
 def max_loss_chunks(config: Train) -> int:
     """How often the loop over a row's targets runs at most: where all its text has targets."""
-    return math.ceil(float(full_row(config).loss_mask.sum()) / LOGIT_CHUNK)
+    return math.ceil(float(full_row(config).loss_mask.sum()) / CHUNK)
 
 
 def statistics(config: Train, platform: str) -> BatchStatistics:

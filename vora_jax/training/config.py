@@ -53,7 +53,8 @@ class Mesh:
 
     data: replicas of the parameters. fsdp: shards of parameters and rows. tensor: shards of heads, MLP,
         vocabulary. context: shards of a row's slots in attention, whose keys go round a ring.
-    gather: who makes the collectives of cut parameters, see `training.gather`; with 'two_hop' they are cut over data x fsdp.
+    gather: who makes the collectives of cut parameters, see `training.mesh.gather`; with 'two_hop' they are cut over
+        data x fsdp.
     """
 
     data: int = 1

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vora_jax.params import flatten, regroup, starts_as, unflatten
-from vora_jax.training.checkpoint import open_checkpoint
+from vora_jax.training.checkpoints.checkpoint import open_checkpoint
 from vora_jax.training.unfinished import unfinished
 from vora_jax.types import UserError
 

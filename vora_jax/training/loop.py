@@ -12,25 +12,28 @@ import jax
 import numpy as np
 
 from vora_jax.params import count
-from vora_jax.training import agree, checkpoint, guard, init_from, sharding, wandb_run
+from vora_jax.training import guard, init_from
 from vora_jax.training import state as state_lib
-from vora_jax.training.attend import language_attention
-from vora_jax.training.checkpoint import Record
-from vora_jax.training.checkpoint_writer import Writer
-from vora_jax.training.clock import Clock
+from vora_jax.training.checkpoints import agree, checkpoint
+from vora_jax.training.checkpoints.checkpoint import Record
+from vora_jax.training.checkpoints.storage import to_path
+from vora_jax.training.checkpoints.writer import Writer
 from vora_jax.training.config import Train, validate
 from vora_jax.training.interrupt import CTRL_C, stop_request
+from vora_jax.training.log import wandb_run
+from vora_jax.training.log.clock import Clock
+from vora_jax.training.log.metrics import Log
+from vora_jax.training.log.profile import Profile
+from vora_jax.training.log.yardstick import yardstick
 from vora_jax.training.losses import BY_SOURCE
-from vora_jax.training.metrics import Log
+from vora_jax.training.mesh import sharding
+from vora_jax.training.mesh.attend import language_attention
+from vora_jax.training.mesh.row_shards import check_rows, row_shard
 from vora_jax.training.prefetch import Prefetch
-from vora_jax.training.profile import Profile
 from vora_jax.training.program import build
 from vora_jax.training.resume import check_same_data, check_same_run, find_last, restore_run
-from vora_jax.training.row_shards import check_rows, row_shard
 from vora_jax.training.run_data import open_data
-from vora_jax.training.storage import to_path
 from vora_jax.training.watchdog import DATA, SAVING, STEP, watching
-from vora_jax.training.yardstick import yardstick
 from vora_jax.types import UserError
 
 log = logging.getLogger(__name__)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from vora_jax.batch import Batch
-from vora_jax.training.sharding import to_device
+from vora_jax.training.mesh.sharding import to_device
 
 
 class Ready(NamedTuple):

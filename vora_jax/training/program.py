@@ -4,11 +4,11 @@ from typing import Any, NamedTuple
 
 import jax
 
-from vora_jax.training import row_shards, sharding
 from vora_jax.training import state as state_lib
 from vora_jax.training.config import HowToGather, Train
-from vora_jax.training.gather import in_shards
-from vora_jax.training.head import make_cross_entropy
+from vora_jax.training.mesh import row_shards, sharding
+from vora_jax.training.mesh.gather import in_shards
+from vora_jax.training.mesh.head import make_cross_entropy
 from vora_jax.training.optimizer import schedule
 from vora_jax.training.step import Gradient, Step, compile_step, make_step
 

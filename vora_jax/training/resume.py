@@ -5,12 +5,12 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from vora_jax.training import checkpoint, workdir
 from vora_jax.training import state as state_lib
+from vora_jax.training.checkpoints import checkpoint, workdir
+from vora_jax.training.checkpoints.record import Record, read_record
+from vora_jax.training.checkpoints.storage import Path
 from vora_jax.training.config import Train
 from vora_jax.training.config_changes import changed_binding, differences, first_difference
-from vora_jax.training.record import Record, read_record
-from vora_jax.training.storage import Path
 from vora_jax.types import Params, UserError
 
 log = logging.getLogger(__name__)

@@ -6,10 +6,10 @@ import jax
 import tqdm
 
 from vora_jax.data import loader
+from vora_jax.training.checkpoints.storage import Path, local_side
+from vora_jax.training.checkpoints.workdir import fetch_quarantine
 from vora_jax.training.config import Train
-from vora_jax.training.row_shards import RowShard
-from vora_jax.training.storage import Path, local_side
-from vora_jax.training.workdir import fetch_quarantine
+from vora_jax.training.mesh.row_shards import RowShard
 from vora_jax.types import UserError
 
 log = logging.getLogger(__name__)

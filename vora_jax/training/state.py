@@ -14,11 +14,12 @@ from vora_jax.batch import Batch
 from vora_jax.method import Stage
 from vora_jax.ops.attention import Implementation
 from vora_jax.params import flatten, partition, unflatten
-from vora_jax.training import guard, sharding
+from vora_jax.training import guard
 from vora_jax.training import optimizer as optimizer_lib
-from vora_jax.training.attend import make_attend
 from vora_jax.training.config import HowToGather, Optimizer
-from vora_jax.training.gather import cut_axes, make_gather
+from vora_jax.training.mesh import sharding
+from vora_jax.training.mesh.attend import make_attend
+from vora_jax.training.mesh.gather import cut_axes, make_gather
 from vora_jax.types import Array, Params
 
 

@@ -9,7 +9,8 @@ import optax
 from vora_jax.batch import Batch
 from vora_jax.ops.cross_entropy import cross_entropy_sum
 from vora_jax.params import combine
-from vora_jax.training import guard, losses, sharding
+from vora_jax.training import guard, losses
+from vora_jax.training.mesh import sharding
 from vora_jax.training.state import State
 from vora_jax.types import Array, Params
 

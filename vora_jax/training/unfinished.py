@@ -1,7 +1,7 @@
 """Says that a checkpoint's run is not complete."""
 import re
 
-from vora_jax.training.checkpoint import Opened
+from vora_jax.training.checkpoints.checkpoint import Opened
 
 
 def unfinished(given: str, opened: Opened) -> str:

@@ -42,7 +42,8 @@ class Watchdog:
         self._closed.set()
 
     def _watch(self) -> None:
-        while not self._closed.wait(self._left()):
+        # The limit falls with the first sign of life: never sleep through the shorter one.
+        while not self._closed.wait(min(self._left(), self._seconds)):
             if self._left() <= 0:
                 return self._bark()
 

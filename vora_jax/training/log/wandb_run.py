@@ -6,8 +6,8 @@ import uuid
 from collections.abc import Mapping
 from typing import Any
 
-from vora_jax.training.rows import scalars
-from vora_jax.training.storage import Path, local_side
+from vora_jax.training.checkpoints.storage import Path, local_side
+from vora_jax.training.log.rows import scalars
 from vora_jax.types import UserError
 
 log = logging.getLogger(__name__)

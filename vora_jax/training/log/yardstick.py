@@ -6,10 +6,10 @@ import jax
 
 from vora_jax.batch import Batch
 from vora_jax.params import flatten
-from vora_jax.training.batch_statistics import statistics_of
-from vora_jax.training.chips import chip_of
 from vora_jax.training.config import Train
-from vora_jax.training.flops import flops_of_row
+from vora_jax.training.flops.chips import chip_of
+from vora_jax.training.flops.statistics import statistics_of
+from vora_jax.training.flops.step_work import flops_of_row
 from vora_jax.training.state import Plan
 
 Flops = Callable[[Mapping[str, float]], tuple[float, float]]

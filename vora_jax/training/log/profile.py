@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from vora_jax.training.storage import Path, local_side
+from vora_jax.training.checkpoints.storage import Path, local_side
 
 log = logging.getLogger(__name__)
 

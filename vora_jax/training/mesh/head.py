@@ -7,7 +7,7 @@ from jax.sharding import PartitionSpec as P
 
 from vora_jax.ops.cross_entropy import cross_entropy_sum
 from vora_jax.training.config import HowToGather
-from vora_jax.training.sharding import ROWS
+from vora_jax.training.mesh.sharding import ROWS
 from vora_jax.types import Array
 
 SLOTS = (*ROWS, 'context')  # mesh axes the slots of a batch are cut over

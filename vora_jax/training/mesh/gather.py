@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from vora_jax.nn.stack import Gather
 from vora_jax.params import flatten, unflatten
 from vora_jax.training.config import HowToGather
-from vora_jax.training.sharding import ROWS
+from vora_jax.training.mesh.sharding import ROWS
 from vora_jax.types import Array, Params
 
 

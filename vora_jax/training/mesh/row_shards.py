@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from vora_jax.training import config as config_lib
-from vora_jax.training import sharding
+from vora_jax.training.mesh import sharding
 from vora_jax.types import UserError
 
 

@@ -16,8 +16,8 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from vora_jax.training.batch_statistics import Area, BatchStatistics, Count
-from vora_jax.training.flops_products import Product, model_products
+from vora_jax.training.flops.products import Product, model_products
+from vora_jax.training.flops.statistics import Area, BatchStatistics, Count
 
 
 class Work(NamedTuple):

@@ -11,7 +11,7 @@ from vora_jax.batch import Batch
 from vora_jax.ops.attention import Choice, Implementation, attention, resolve
 from vora_jax.ops.ring_attention import ring_attention
 from vora_jax.training.config import HowToGather
-from vora_jax.training.sharding import ROWS
+from vora_jax.training.mesh.sharding import ROWS
 from vora_jax.types import Array, KeyRange, UserError
 
 

@@ -6,7 +6,7 @@
     workdir/steps/N/                trainable weights, optimizer state, and a record: data position,
     configuration, ...
 
-Each folder of arrays is written by Orbax and committed by a checksum file (`training.checksum`).
+Each folder of arrays is written by Orbax and committed by a checksum file (`training.checkpoints.checksum`).
 """
 import json
 import logging
@@ -14,8 +14,8 @@ import logging
 import jax
 
 from vora_jax.data.text.tokenizer import fingerprint, tokenizer_files
-from vora_jax.training import agree, checksum, storage
-from vora_jax.training.storage import Path
+from vora_jax.training.checkpoints import agree, checksum, storage
+from vora_jax.training.checkpoints.storage import Path
 from vora_jax.types import UserError
 
 log = logging.getLogger(__name__)

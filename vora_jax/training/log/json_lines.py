@@ -5,7 +5,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from vora_jax.training.storage import Path, is_remote, write_whole
+from vora_jax.training.checkpoints.storage import Path, is_remote, write_whole
 
 REMOTE_SECONDS = 60  # between two writes of a file in an object store
 

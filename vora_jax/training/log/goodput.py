@@ -7,9 +7,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from vora_jax.training.clock import Split
-from vora_jax.training.json_lines import JsonLines, read_rows, rewrite
-from vora_jax.training.storage import Path
+from vora_jax.training.checkpoints.storage import Path
+from vora_jax.training.log.clock import Split
+from vora_jax.training.log.json_lines import JsonLines, read_rows, rewrite
 
 FILE = 'history.jsonl'
 

@@ -1,6 +1,6 @@
 """Checkpoints: opened, written whole, restored.
 
-`training.workdir` has the layout of a run's folder, `training.checkpoint_writer` saves while a run goes on.
+`training.checkpoints.workdir` has the layout of a run's folder, `training.checkpoints.writer` saves while a run goes on.
 """
 import dataclasses
 import shutil
@@ -11,11 +11,11 @@ import numpy as np
 from orbax.checkpoint.experimental import v1 as ocp
 
 from vora_jax.params import combine
-from vora_jax.training import checksum, storage
-from vora_jax.training.orbax_options import orbax_options, quiet
-from vora_jax.training.record import Record, read_record
-from vora_jax.training.storage import Path
-from vora_jax.training.workdir import (
+from vora_jax.training.checkpoints import checksum, storage
+from vora_jax.training.checkpoints.orbax_options import orbax_options, quiet
+from vora_jax.training.checkpoints.record import Record, read_record
+from vora_jax.training.checkpoints.storage import Path
+from vora_jax.training.checkpoints.workdir import (
     copy_tokenizer,
     latest_step,
     raise_if_damaged,

@@ -6,9 +6,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from vora_jax.training.clock import Split
+from vora_jax.training.log.clock import Split
+from vora_jax.training.log.yardstick import Yardstick
 from vora_jax.training.losses import BY_SOURCE
-from vora_jax.training.yardstick import Yardstick
 
 SUMS = ('num_target_tokens', 'num_text_tokens', 'num_vision_tokens', 'num_samples', 'bad_samples', 'dropped_turns',
         'skipped_steps', *BY_SOURCE)

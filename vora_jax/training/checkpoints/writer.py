@@ -6,11 +6,11 @@ from typing import Any
 import jax
 from orbax.checkpoint.experimental import v1 as ocp
 
-from vora_jax.training import checksum, storage, workdir
-from vora_jax.training.fingerprint import content_hash
-from vora_jax.training.orbax_options import orbax_options, quiet
-from vora_jax.training.record import Record
-from vora_jax.training.storage import Path
+from vora_jax.training.checkpoints import checksum, storage, workdir
+from vora_jax.training.checkpoints.fingerprint import content_hash
+from vora_jax.training.checkpoints.orbax_options import orbax_options, quiet
+from vora_jax.training.checkpoints.record import Record
+from vora_jax.training.checkpoints.storage import Path
 from vora_jax.types import Params, UserError
 
 # What a failed save says, in the words of the operating system or of Orbax's libraries; why; and what helps.

@@ -10,7 +10,7 @@ from vora_jax.nn.adapters import Adapter, ModalityKernel
 from vora_jax.nn.block import BlockShape
 from vora_jax.nn.remat import ADDED
 from vora_jax.nn.stack import LayerGroup
-from vora_jax.training.batch_statistics import Area, BatchStatistics, Count
+from vora_jax.training.flops.statistics import Area, BatchStatistics, Count
 from vora_jax.vision.cue_enhancer import CueEnhancer
 from vora_jax.vision.encoder_frontend import EncoderFrontend
 from vora_jax.vision.patch_frontend import PatchFrontend

@@ -4,7 +4,7 @@ import dataclasses
 
 from orbax.checkpoint.experimental import v1 as ocp
 
-from vora_jax.training.storage import Path, absolute
+from vora_jax.training.checkpoints.storage import Path, absolute
 from vora_jax.types import UserError
 
 FORMAT = 1

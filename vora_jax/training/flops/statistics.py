@@ -12,11 +12,10 @@ import numpy as np
 
 from vora_jax.batch import Batch
 from vora_jax.ops.attention import Implementation, resolve
+from vora_jax.ops.blocked_attention import BLOCK
+from vora_jax.ops.cross_entropy import CHUNK
 from vora_jax.ops.tile_walk import Tile, half_map, tile_map
 from vora_jax.types import TEXT, KeyRange
-
-LOGIT_CHUNK = 32  # slots of a row whose logits exist at a time: the default of `ops.cross_entropy`
-XLA_BLOCK = 128  # sides of the tiles of `ops.blocked_attention`
 
 
 class Count(NamedTuple):
@@ -120,7 +119,7 @@ def attention_area(key_range: KeyRange, num_keys: int, num_heads: int, num_kv_he
     if chosen == 'reference':
         return Area(Count(pairs, batch * num_queries * num_keys))
     if chosen == 'xla':
-        tile = Tile(min(XLA_BLOCK, num_queries), min(XLA_BLOCK, num_keys))
+        tile = Tile(min(BLOCK, num_queries), min(BLOCK, num_keys))
         return Area(Count(pairs, _run_area(key_range, num_keys, tile)))
     if chosen == 'pallas_gpu':
         from vora_jax.ops.range_attention_gpu import FULL_PRECISION, SCHEDULES
@@ -156,7 +155,7 @@ def _rounded(size: int, multiple: int) -> int:
 def _targets(loss_mask: np.ndarray, accumulation: int) -> Count:
     """Each row of a micro-batch has as many chunks as the one with the most targets."""
     targets = (loss_mask > 0).sum(1)
-    chunk = min(LOGIT_CHUNK, loss_mask.shape[1])
+    chunk = min(CHUNK, loss_mask.shape[1])
     longest = [targets[index::accumulation].max(initial=0) for index in range(accumulation)]
     computed = sum(_rounded(int(most), chunk) for most in longest) * len(targets) / accumulation
     return Count(float(targets.sum()), float(computed))

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable
 
 import jax
 
-from vora_jax.training import agree
-from vora_jax.training.storage import Path, files_below, remove_folder, write_whole
+from vora_jax.training.checkpoints import agree
+from vora_jax.training.checkpoints.storage import Path, files_below, remove_folder, write_whole
 
 SIDECAR = 'SHA256.json'
 

@@ -1,8 +1,8 @@
 """Mesh, axis rules, where parameters and rows lie.
 
 The model names the dimensions of its parameters and activations ('vocab', 'embed', ...) and knows no mesh; this file says
-which mesh axes each name is cut over, `training.gather` how cut parameters are made whole where they are used, and
-`training.attend` how attention is cut.
+which mesh axes each name is cut over, `training.mesh.gather` how cut parameters are made whole where they are used, and
+`training.mesh.attend` how attention is cut.
 """
 import contextlib
 import math

@@ -4,7 +4,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from vora_jax.training.rows import scalars
+from vora_jax.training.log.rows import scalars
 
 log = logging.getLogger(__name__)
 

@@ -6,14 +6,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from vora_jax.training import json_lines, wandb_run
-from vora_jax.training.board import open_board
-from vora_jax.training.clock import Clock, Split
-from vora_jax.training.goodput import Goodput, History
-from vora_jax.training.progress import Progress
-from vora_jax.training.rows import median, memory, summarise, timing
-from vora_jax.training.storage import Path
-from vora_jax.training.yardstick import Yardstick
+from vora_jax.training.checkpoints.storage import Path
+from vora_jax.training.log import json_lines, wandb_run
+from vora_jax.training.log.board import open_board
+from vora_jax.training.log.clock import Clock, Split
+from vora_jax.training.log.goodput import Goodput, History
+from vora_jax.training.log.progress import Progress
+from vora_jax.training.log.rows import median, memory, summarise, timing
+from vora_jax.training.log.yardstick import Yardstick
 
 PADDING = ('pad_fraction', 'patch_pad_fraction')
 
