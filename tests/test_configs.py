@@ -41,6 +41,7 @@ def written(path):
 
 FILES = {str(path.relative_to(CONFIGS)): path for path in sorted(CONFIGS.rglob('*.gin'))}
 STAGES = [name for name, path in FILES.items() if 'Train.stage' in written(path)]
+PODS = [name for name in FILES if name.startswith('pods/')]  # added to the file of a stage
 
 
 @functools.cache
@@ -77,7 +78,17 @@ def test_every_method_has_its_stages():
 def test_no_file_is_left_over():
     included = {os.path.normpath(part) for path in FILES.values() for part in includes(path)}
     evaluations = {name for name, path in FILES.items() if 'Eval.' in path.read_text()}
-    assert {name for name, path in FILES.items() if str(path) not in included} <= set(STAGES) | evaluations
+    assert {name for name, path in FILES.items() if str(path) not in included} <= {*STAGES, *evaluations, *PODS}
+
+
+@pytest.mark.parametrize('pod', PODS)
+def test_stages_fit_a_pod(pod):
+    """64 devices, for all batches but those of 32 rows."""
+    for name in STAGES:
+        if '7b' in name and not name.startswith('lavin'):
+            config = gin_config.load('Train', [str(CONFIGS / name), str(CONFIGS / pod)])[0]
+            assert config.mesh.data * config.mesh.fsdp == 64 and config.batch_rows % (64 * config.accumulation) == 0
+            assert config.method.stage(config.stage).model.llm.remat != 'none'
 
 
 @pytest.mark.parametrize('name', STAGES)

@@ -215,7 +215,7 @@ def test_a_killed_import_leaves_nothing_that_looks_complete(tmp_path, tokenizer,
     shutil.copy(tokenizer, tmp_path / 'hf')
     # A shell that starts the tests in the background makes them, and what they start, ignore Ctrl-C.
     script = ('import os, signal, sys, time; signal.signal(signal.SIGINT, signal.default_int_handler);'
-              'from vora_jax.training import checksum; from vora_jax.cli.main import main;'
+              'from vora_jax.training.checkpoints import checksum; from vora_jax.cli.main import main;'
               f'checksum.commit = lambda folder: os.kill(os.getpid(), {int(number)}) or time.sleep(20);'
               f'sys.exit(main(["import", {str(tmp_path / "hf")!r}, "--to", {str(tmp_path / "w")!r}]))')
     done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, check=False)

@@ -18,7 +18,7 @@ from vora_jax.training.checkpoints import checkpoint, record
 from vora_jax.training.checkpoints import workdir as folders
 from vora_jax.training.checkpoints.checksum import SIDECAR
 
-STEPS, EVERY = 240, 40
+STEPS, EVERY = 360, 40
 
 
 def command(gin_file: pathlib.Path, workdir: pathlib.Path, *more: str) -> list[str]:

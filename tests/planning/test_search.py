@@ -3,7 +3,7 @@ import dataclasses
 import math
 
 import pytest
-import test_memory
+import test_plan_memory
 
 from vora_jax.planning import advice, kept, search
 from vora_jax.planning.child import Finished
@@ -107,7 +107,7 @@ def test_nothing_fits_limits_mistakes_and_ctrl_c():
 
 
 def test_the_lower_bound_of_memory():
-    config = test_memory.config_of('vora')
+    config = test_plan_memory.config_of('vora')
     from vora_jax.planning.memory import part_bytes
     from vora_jax.planning.unplaced import held_on, parameter_shapes
     mesh = {'data': 2, 'fsdp': 4, 'context': 1, 'tensor': 1}
@@ -120,7 +120,7 @@ def test_the_lower_bound_of_memory():
 
 
 def test_changes_from_the_cheapest_on():
-    config = with_remat(test_memory.config_of('vora'), 'adapters')
+    config = with_remat(test_plan_memory.config_of('vora'), 'adapters')
     assert kept.remat_of(config) == 'adapters'
     facts = facts_of(10**6, {'data': 2, 'fsdp': 4, 'context': 1, 'tensor': 1}, parts=600_000)
     found = advice.changes(config, facts, Topology('v5e', (2, 4)))
@@ -136,7 +136,7 @@ def test_changes_from_the_cheapest_on():
 
 
 def test_each_policy_keeps_more_than_the_one_before():
-    config = test_memory.config_of('vora')
+    config = test_plan_memory.config_of('vora')
     sizes = [kept.row_bytes(config, remat) for remat in kept.REMATS]
     assert sizes == sorted(set(sizes)) and kept.REMATS[0] == 'full' and kept.REMATS[-1] == 'none'
     model = config.method.stage(config.stage).model
@@ -147,7 +147,7 @@ def test_each_policy_keeps_more_than_the_one_before():
 
 
 def test_what_cannot_be_changed_is_not_proposed():
-    config = with_remat(dataclasses.replace(test_memory.config_of('vora'), batch_rows=8), 'full')
+    config = with_remat(dataclasses.replace(test_plan_memory.config_of('vora'), batch_rows=8), 'full')
     found = advice.changes(config, facts_of(100), Topology('v5e', (2, 4), 1))
     assert [one.flags for one in found] == [('--topology', 'v5e:4x4')] and 'at least 16' in found[0].costs
 

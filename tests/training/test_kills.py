@@ -53,7 +53,8 @@ def arrays(folder: pathlib.Path) -> dict[str, bytes]:
     return {jax.tree_util.keystr(path): np.asarray(x).tobytes() for path, x in jax.tree_util.tree_leaves_with_path(parts)}
 
 
-@pytest.mark.parametrize('kills, steps', [(3, 60), pytest.param(20, 700, marks=pytest.mark.slow)])
+@pytest.mark.slow  # tests/cli/test_train.py kills a run by default
+@pytest.mark.parametrize('kills, steps', [(3, 60), (20, 700)])
 def test_killed_runs_lose_no_committed_step_and_end_like_a_whole_one(gin_file, tmp_path, kills, steps):
     broken, whole, pick, took = tmp_path / 'broken', tmp_path / 'whole', random.Random(kills), 0
     for _ in range(kills):
