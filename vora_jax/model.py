@@ -26,7 +26,7 @@ class VisionLanguageModel(nn.Module):
     vision: the front end that feeds vision slots; None for a plain language model.
     distillation: heads and teacher of the training stage that has them.
     route_token: ROUTE slots hold a learned vector, one for segments without pictures and one for those with some.
-    attend: attention function; `training.mesh.sharding` gives a sharded one.
+    attend: attention function; `training.mesh` has a sharded one.
     gather: makes parameters whole where they are used, see `Stack`.
     """
 

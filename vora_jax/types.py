@@ -41,3 +41,8 @@ class KeyRange(NamedTuple):
 
 class UserError(ValueError):
     """A user's mistake, told in one sentence: what, where, what to do. The command line prints it without traceback."""
+
+
+class TryAgain(Exception):
+    """Trouble of machines, networks or disks that nobody may have to mend, told in one sentence: the same command may be
+    tried again. The command line prints it without traceback, and ends with the exit code 75."""

@@ -1,4 +1,6 @@
 """What the partitioner makes of a step: no activation is gathered or summed whole, and nothing is copied everywhere."""
+import types
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -9,16 +11,19 @@ from jax.sharding import PartitionSpec as P
 
 from vora_jax.data.fake import fake_batch
 from vora_jax.planning import hlo
-from vora_jax.training import state
-from vora_jax.training.config import Mesh, Optimizer
+from vora_jax.training.config import Guard, Mesh, Optimizer
 from vora_jax.training.mesh import sharding
-from vora_jax.training.step import compile_step, make_step
+from vora_jax.training.program import build
 
 # Rows, slots and places of patches are multiples of primes that no dimension of a parameter has.
-ROWS, SLOTS, PATCHES, PRIMES = 7 * 8, 13 * 4, 11 * 2, (7, 11, 13)
+ROWS, SLOTS, PATCHES, PRIMES = 7 * 8, 13 * 4, 11 * 3, (7, 11, 13)
 GATHERS = ('all-gather', 'all-gather-start', 'all-reduce', 'all-reduce-start')
 ALONE = 'replica_groups={{0},'  # a sum of each device with itself, over mesh axes of size 1
 WARNING = 'Involuntary full rematerialization'
+
+
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)
@@ -35,33 +40,39 @@ def _use_cache(on):
     jax.config.update('jax_enable_compilation_cache', on)
 
 
-def activations(compiled):
+def activations(compiled, primes=PRIMES):
     """'opcode shape' of every gather or sum over devices of numbers that belong to rows, slots or patches."""
     found = []
     for instructions in hlo.read(compiled.as_text()).computations.values():
         for one in instructions:
             if one.opcode in GATHERS and ALONE not in one.attributes:
                 found += [f'{one.opcode} {shape.dtype}{list(shape.dims)}' for shape in one.shapes
-                          if shape.dtype in ('f32', 'bf16') and any(dim % p == 0 for dim in shape.dims for p in PRIMES)]
+                          if shape.dtype in ('f32', 'bf16') and any(dim % p == 0 for dim in shape.dims for p in primes)]
     return found
 
 
-def compile_tiny(sizes):
-    stage = tiny_mesh_runs.method('vora')[0].stage('pretrain')
-    mesh = sharding.make_mesh(Mesh(*sizes), jax.devices()[:8])
+def compile_tiny(mesh_config, accumulation):
+    """The program that `vora train` would run."""
+    method, title = tiny_mesh_runs.method('vora')
+    config = types.SimpleNamespace(
+        method=method, stage=title, batch_rows=ROWS, accumulation=accumulation, optimizer=Optimizer(), mesh=mesh_config,
+        seed=0, frozen_dtype='float32', attention='auto', guard=Guard(), data=types.SimpleNamespace(max_slots=SLOTS))
+    mesh = sharding.make_mesh(mesh_config, jax.devices()[:8])
     batch = fake_batch(ROWS, SLOTS, PATCHES, 4, tiny_mesh_runs.LLM.vocab_size, 3, 0)
     with sharding.use(mesh):
-        plan = state.plan(stage, Optimizer(), batch, mesh, 'float32')
+        plan, step = build(config, batch, mesh)
         assert not any(dim % p == 0 for shape in plan.params.values() for dim in shape.shape for p in PRIMES)
-        step = make_step(plan.model, plan.optimizer, lambda _: 1e-3, stage.distill_weight, 1, 0)
-        return compile_step(step, plan.state_shardings, plan.frozen_shardings, mesh).lower(
-            plan.state, plan.frozen, plan.batch).compile()
+        return step.lower(plan.state, plan.frozen, batch).compile()
 
 
-@pytest.mark.parametrize('sizes', [(2, 4), pytest.param((1, 8), marks=pytest.mark.slow)], ids=str)
-def test_no_activation_is_gathered_and_nothing_is_copied_everywhere(sizes, capfd):
-    compiled = compile_tiny(sizes)
-    assert activations(compiled) == []
+@pytest.mark.parametrize('mesh, accumulation', [
+    (Mesh(2, 4), 1), slow(Mesh(1, 8), 1), slow(Mesh(2, 4), 7), slow(Mesh(2, 2, context=2), 1),
+    slow(Mesh(2, 4, gather='two_hop'), 1)], ids=str)
+def test_no_activation_is_gathered_and_nothing_is_copied_everywhere(mesh, accumulation, capfd):
+    # Pictures are whole on each device of context, which cuts slots alone: the sum of their gradients is no accident.
+    primes = PRIMES if mesh.context == 1 else (13,)
+    compiled = compile_tiny(mesh, accumulation)
+    assert activations(compiled, primes) == []
     assert WARNING not in capfd.readouterr().err
 
 

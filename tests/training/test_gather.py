@@ -10,12 +10,13 @@ import tiny_mesh_runs
 import tiny_run
 from jax.sharding import PartitionSpec as P
 
+from vora_jax import variants
 from vora_jax.params import flatten
 from vora_jax.training import state
 from vora_jax.training.config import Mesh, Optimizer
 from vora_jax.training.mesh import sharding
 from vora_jax.training.program import placed
-from vora_jax.training.step import make_step
+from vora_jax.training.step import compile_step, make_step
 from vora_jax.types import UserError
 
 
@@ -88,3 +89,17 @@ def test_micro_batches_in_shards_give_the_step_of_one_device(sizes):
         assert abs(float(told[name]) - float(wanted[name])) < 1e-5
     for path, value in expected.items():
         np.testing.assert_allclose(actual[path], value, atol=2e-5, err_msg=path)
+
+
+def test_gathered_weights_are_not_kept_for_the_backward_pass():
+    """Without rematerialisation too: all layers' would be the whole model on each device."""
+    llm = dataclasses.replace(tiny_run.LLM, num_layers=8, width=128, mlp_width=512)
+    stage, on = variants.language_model(llm).stage('pretrain'), mesh(fsdp=8)
+    batch = tiny_run.batch(text_only=True)
+    with sharding.use(on):
+        plan = state.plan(stage, Optimizer(), batch, on, 'float32')
+        step = make_step(plan.model, plan.optimizer, lambda _: 0.0, 0.0, 1, 0)
+        compiled = compile_step(step, plan.state_shardings, plan.frozen_shardings, on).lower(
+            plan.state, plan.frozen, batch).compile()
+    whole = sum(leaf.size * 4 for path, leaf in plan.params.items() if 'group_0' in path)
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.7 * whole

@@ -14,7 +14,7 @@ from vora_jax.training import state
 from vora_jax.training.config import Train, validate
 from vora_jax.training.loop import IN_FLIGHT
 from vora_jax.training.mesh import sharding
-from vora_jax.training.mesh.row_shards import check_rows, row_shard
+from vora_jax.training.mesh.row_shards import open_mesh, row_shard
 from vora_jax.training.prefetch import Prefetch
 from vora_jax.training.program import build
 from vora_jax.training.run_data import open_data
@@ -54,9 +54,7 @@ def measure_steps(config: Train, folder: pathlib.Path, steps: int, repeats: int,
         UserError: as `training.loop.train` does.
     """
     validate(config)
-    mesh = sharding.make_mesh(config.mesh)
-    check_rows(config, mesh)
-    sharding.check_slots(config, mesh)
+    mesh = open_mesh(config)
     data = open_data(config, folder, row_shard(mesh))
     with contextlib.closing(data), sharding.use(mesh):
         with contextlib.closing(Prefetch(data, sharding.rows(mesh))) as batches:

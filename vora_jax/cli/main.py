@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from vora_jax.types import UserError
+from vora_jax.types import TryAgain, UserError
 
 VERBS = {
     'prepare': 'turn a data set into the format that training reads',
@@ -45,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb.
 
     Returns:
-        The exit code: the verb's own, 2 for a user's mistake (told in one sentence), 130 after Ctrl-C.
+        The exit code: the verb's own, 2 for a user's mistake (told in one sentence), 75 for trouble that may pass
+        (so too), 130 after Ctrl-C.
     """
     try:
         code = _dispatch(list(sys.argv[1:] if argv is None else argv))
@@ -54,6 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f'vora: {error}', file=sys.stderr)
         return 2
+    except TryAgain as error:
+        print(f'vora: {error}', file=sys.stderr)
+        return os.EX_TEMPFAIL
     except KeyboardInterrupt:
         print('vora: interrupted.', file=sys.stderr)
         return 130

@@ -5,6 +5,7 @@ import logging
 import os
 import socket
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
 from typing import NoReturn
@@ -20,6 +21,7 @@ from vora_jax.types import UserError
 log = logging.getLogger(__name__)
 
 JOIN_SECONDS = 300  # machines of a pod start minutes apart
+JOIN_GRACE_SECONDS = 60  # how much later JAX gives up itself: it aborts the process, with a C++ stack
 HEARTBEAT_SECONDS = 30  # JAX's default leaves a pod idle for 100 s after one of its hosts died
 # One process waits for nobody, and JAX aborts a process that missed its own heartbeats: it must outlast
 # Ctrl-Z, a laptop's sleep, a paused virtual machine.
@@ -35,11 +37,13 @@ class Joined:
 
     def leave(self, code: int, reason: str) -> NoReturn:
         """Ends this process at once, and the others with it, whatever they wait for; `reason` is for them."""
-        if self._lifeline:
-            self._lifeline.fail(code, reason)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        try:
+            if self._lifeline:
+                self._lifeline.fail(code, reason)
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:  # whatever fails here, such as a pipe that nobody reads
+            os._exit(code)
 
     def hang(self, reason: str) -> NoReturn:
         """As `leave`, with the exit code of a run that may be tried again."""
@@ -83,23 +87,44 @@ def join_processes(place: Place | None = None) -> Iterator[Joined]:
             jax.distributed.shutdown()
         except BaseException as error:
             code, told = _verdict(error)
-            sys.stderr.write(f'vora: {told}\n' if code != 1 else ''.join(traceback.format_exception(error)))
+            with contextlib.suppress(OSError, ValueError):
+                sys.stderr.write(f'vora: {told}\n' if code != 1 else ''.join(traceback.format_exception(error)))
             joined.leave(code, told)
         if lifeline:
             lifeline.close()
 
 
 def _initialize(place: Place) -> None:
+    # On a cluster only JAX knows how many, and where.
+    all_of_them = f'all {place.count} processes' if place.count else f'all processes (found by {place.kind})'
+    where = f' at {place.coordinator}' if place.coordinator else ''
+    log.info('waiting for %s%s, up to %d s', all_of_them, where, JOIN_SECONDS)
+    told = (f'{all_of_them} of the run did not meet{where} within {JOIN_SECONDS} s; see in their logs which one did not '
+            'start, or cannot reach the first, and run the same command on all of them again.')
+    late = threading.Timer(JOIN_SECONDS, _give_up, [told])
+    late.daemon = True
+    late.start()
     try:
         jax.distributed.initialize(
             place.coordinator, place.count, place.number, place.local_devices,
             cluster_detection_method='deactivate' if place.kind == 'given' else None,
-            initialization_timeout=JOIN_SECONDS, heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            initialization_timeout=JOIN_SECONDS + JOIN_GRACE_SECONDS, heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=SHUTDOWN_SECONDS,
         )
-    except Exception as error:
-        raise UserError(f'the processes of the run could not join ({place.kind}: {_first_line(error)}); start all of them '
-                        'with the same command, and see whether another one has ended.') from error
+    except Exception as error:  # a cluster that does not answer, or a port in use: lateness never comes here
+        raise UserError(f'the processes of the run could not join ({place.kind}: {_first_line(error)}); see that nothing '
+                        f'else uses the port{where} of the first one, and start all of them with the same command.'
+                        ) from error
+    finally:
+        late.cancel()
+
+
+def _give_up(told: str) -> NoReturn:
+    try:
+        sys.stderr.write(f'vora: {told}\n')
+        sys.stderr.flush()
+    finally:
+        os._exit(RETRY)
 
 
 def _lifeline(coordinator: str, count: int, number: int, store: object) -> Lifeline | None:

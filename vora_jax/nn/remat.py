@@ -27,6 +27,8 @@ ADDED = {
     'matmuls': ('gate_proj', 'up_proj'),
 }
 
+GATHERS = ('all_gather', 'sharding_constraint', 'convert_element_type')  # primitives that make a cut weight whole
+
 
 def kept(remat: Remat) -> tuple[str, ...]:
     """The names of what a policy keeps.
@@ -38,5 +40,8 @@ def kept(remat: Remat) -> tuple[str, ...]:
 
 
 def save_policy(remat: Remat) -> Callable:
-    """The `jax.checkpoint` policy of a name other than 'none'."""
+    """The `jax.checkpoint` policy of a name. With 'none' all is kept but the weights that were gathered from other devices
+    (and casts, which cost nothing): kept, they would be the whole model on each device."""
+    if remat == 'none':
+        return lambda primitive, *_, **__: primitive.name not in GATHERS
     return jax.checkpoint_policies.save_only_these_names(*kept(remat))

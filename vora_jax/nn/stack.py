@@ -47,7 +47,7 @@ def join_groups(groups: Iterable[LayerGroup]) -> tuple[LayerGroup, ...]:
 class Stack(nn.Module):
     """Layer groups in order, each an `nn.scan` over stacked parameters [L, ...] with rematerialisation.
 
-    gather: makes a layer's parameters whole where it is computed, (path, tree) -> tree; `training.mesh.sharding` has one.
+    gather: makes a layer's parameters whole where it is computed, (path, tree) -> tree; `training.mesh` has one.
     states: logical names of the dimensions of the states between layers: all that cuts them on a mesh.
     side: makes a module that is called in the scan body of groups with `side=True`, with (state entering the layer,
         state leaving it, its scanned input, its shared input); its results are stacked over those layers.
@@ -74,11 +74,11 @@ class Stack(nn.Module):
         layer, side_layer, caches, side_results = 0, 0, [], []
         for index, group in enumerate(self.groups):
             side = self.side if group.side and side_scanned is not None else None
-            body = ScannedLayer
-            if self.gather is not None and not self.is_initializing():
+            body, cut = ScannedLayer, self.gather is not None and not self.is_initializing()
+            if cut:
                 whole = functools.partial(self.gather, f'{"/".join(self.path)}/group_{index}')
                 body = nn.map_variables(body, 'params', trans_in_fn=whole)
-            if self.remat != 'none':
+            if cut or self.remat != 'none':
                 body = nn.remat(body, prevent_cse=False, policy=save_policy(self.remat))
             scan = nn.scan(body, variable_axes={'params': 0}, split_rngs={'params': True, 'dropout': True},
                            in_axes=(nn.broadcast, 0, 0, nn.broadcast), length=group.num_layers,

@@ -35,7 +35,8 @@ def refuses(q, k, v) -> str:
     return 'it computes in float32, not float64' if jnp.float64 in (q.dtype, k.dtype, v.dtype) else ''
 
 
-def forward(q, k, v, key_range: KeyRange, soft_cap: float | None = None, *, query_block: int = BLOCK, key_block: int = BLOCK):
+def forward(q, k, v, key_range: KeyRange, soft_cap: float | None = None, *, query_block: int = BLOCK,
+            key_block: int = BLOCK):
     """(out, log_sum), as `ops.attention.Kernels.forward` has it."""
     query_block, key_block = min(query_block, q.shape[1]), min(key_block, k.shape[1])
     queries, limits = _split(q, k.shape[2], query_block), _limits(key_range, query_block)

@@ -22,8 +22,9 @@ def _forward(x, kernel):
 def _backward(residuals, cotangent):
     x, kernel = residuals
     d_x = jnp.dot(cotangent, kernel.astype(cotangent.dtype).T)
-    rows, d_rows = x.reshape(-1, x.shape[-1]), cotangent.reshape(-1, cotangent.shape[-1])
-    d_kernel = jax.lax.dot_general(rows, d_rows, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+    # All dimensions but the last at once: if they were joined first, slots on different devices would have to be gathered.
+    every = tuple(range(x.ndim - 1))
+    d_kernel = jax.lax.dot_general(x, cotangent, ((every, every), ((), ())), preferred_element_type=jnp.float32)
     return d_x, d_kernel.astype(kernel.dtype)
 
 

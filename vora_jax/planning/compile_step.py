@@ -16,6 +16,7 @@ from vora_jax.training import program
 from vora_jax.training.config import Train
 from vora_jax.training.mesh import sharding
 from vora_jax.training.mesh.attend import language_attention
+from vora_jax.training.mesh.row_shards import open_mesh
 
 PLAN, RESULT, TEXT = 'plan.json', 'result.json', 'compiled.txt'  # files in the folder, written in this order
 MODULE = 'jit_step'  # as XLA names the compiled step in what it dumps
@@ -31,7 +32,7 @@ def compile_step(config: Train, topology: topology_lib.Topology, folder: pathlib
     jax.config.update('jax_enable_compilation_cache', False)
     begun = time.perf_counter()
     devices = topology_lib.devices(topology)
-    mesh = sharding.make_mesh(config.mesh, devices)
+    mesh = open_mesh(config, devices)
     with sharding.use(mesh):
         built = program.build(config, batch_shapes(config), mesh)
         _write(folder / PLAN, {

@@ -1,4 +1,5 @@
 """The next batches, ready on the devices."""
+import logging
 import queue
 import threading
 from collections.abc import Iterator
@@ -6,6 +7,10 @@ from typing import Any, NamedTuple
 
 from vora_jax.batch import Batch
 from vora_jax.training.mesh.sharding import to_device
+
+log = logging.getLogger(__name__)
+
+CLOSE_SECONDS = 10  # that a reader may take to end; less than the processes of a run wait for each other at the end
 
 
 class Ready(NamedTuple):
@@ -40,9 +45,11 @@ class Prefetch:
         return item
 
     def close(self) -> None:
-        """Stops the thread; the loader is free again."""
+        """Stops the thread; the loader is free again, unless reading hangs: then the thread is left behind."""
         self._stop.set()
-        self._thread.join()
+        self._thread.join(CLOSE_SECONDS)
+        if self._thread.is_alive():
+            log.warning('the thread that reads ahead still waits for data; it is left behind.')
 
     def _read(self) -> None:
         try:

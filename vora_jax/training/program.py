@@ -6,7 +6,6 @@ import jax
 
 from vora_jax.training import state as state_lib
 from vora_jax.training.config import HowToGather, Train
-from vora_jax.training.mesh import row_shards, sharding
 from vora_jax.training.mesh.gather import in_shards
 from vora_jax.training.mesh.head import make_cross_entropy
 from vora_jax.training.optimizer import schedule
@@ -22,13 +21,11 @@ class Program(NamedTuple):
 
 def build(config: Train, batch: Any, mesh: jax.sharding.Mesh) -> Program:
     """The program of a run for batches shaped like `batch` (arrays or shapes of the global batch). Nothing is computed, so
-    that the mesh may be of devices that are not there. Call it within `sharding.use(mesh)`.
+    that the mesh (of `row_shards.open_mesh`) may be of devices that are not there. Call it within `sharding.use(mesh)`.
 
     Raises:
-        UserError: rows or slots that do not divide over the mesh, or as `state.plan` has it.
+        UserError: as `state.plan` has it.
     """
-    row_shards.check_rows(config, mesh)
-    sharding.check_slots(config, mesh)
     stage, rows = config.method.stage(config.stage), config.batch_rows // config.accumulation
     micro = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), batch)
     how = config.mesh.gather

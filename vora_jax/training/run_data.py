@@ -1,6 +1,7 @@
 """The batches of a run."""
-import functools
 import logging
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import jax
 import tqdm
@@ -17,7 +18,7 @@ log = logging.getLogger(__name__)
 LOOSE = 0.15  # share of padding from which another budget is proposed
 
 
-def open_data(config: Train, folder: Path, shard: RowShard) -> loader.Loader:
+def open_data(config: Train, folder: Path, shard: RowShard, alive: Callable[[], None] = lambda: None) -> loader.Loader:
     """This process's share of the batches, at their beginning; tells how large an epoch is.
 
     Args:
@@ -25,12 +26,18 @@ def open_data(config: Train, folder: Path, shard: RowShard) -> loader.Loader:
         shard: the rows that this process reads.
         folder: its workdir: keeps `data/`, the index and plans, and `quarantine.jsonl`, what could not be used. For a remote
             one they lie on this machine, and the second is copied there with each checkpoint.
+        alive: is called now and then while samples are measured, which may take hours.
     Raises:
         UserError: the data cannot be used, or its tokenizer has more ids than the model.
     """
     index, count = jax.process_index(), jax.process_count()
     quarantine = 'quarantine.jsonl' if index == 0 else f'quarantine-{index:05}.jsonl'
-    progress = functools.partial(tqdm.tqdm, leave=False, disable=None if index == 0 else True, unit='chunk')
+
+    def progress(chunks: Iterable, **told: Any) -> Iterator:
+        for chunk in tqdm.tqdm(chunks, leave=False, disable=None if index == 0 else True, unit='chunk', **told):
+            alive()
+            yield chunk
+
     fetch_quarantine(folder)
     folder = local_side(folder)
     folder.mkdir(parents=True, exist_ok=True)

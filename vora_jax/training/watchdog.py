@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 import jax
 
 RETRY = 75  # exit code: nothing was wrong with what the user asked for; the same command may be tried again
-SLOW_START = 4  # the first step, with compilation, may take so many times as long
-FIRST = 'the first step'
+SLOW_START = 4  # the data's opening, and the first step with its compilation, may take so many times as long
+OPENING, FIRST = 'opening the data', 'the first step'
 DATA, STEP, SAVING = 'waiting for data', 'computing', 'saving'
 # Time for the others to write down where they are: they run in step, so their dogs bark in the same moment.
 GRACE_SECONDS = 5
@@ -25,7 +25,7 @@ class Watchdog:
     def __init__(self, seconds: float, folder: pathlib.Path, end: Callable[[str], None]):
         self._seconds, self._folder, self._end = seconds, folder, end
         self._closed = threading.Event()
-        self._last, self._stage, self._step = time.monotonic(), FIRST, 0
+        self._last, self._stage, self._step = time.monotonic(), OPENING, 0
         self._thread = threading.Thread(target=self._watch, name='watchdog', daemon=True)
 
     def beat(self, stage: str, step: int) -> None:
@@ -48,7 +48,7 @@ class Watchdog:
                 return self._bark()
 
     def _limit(self) -> float:
-        return self._seconds * (SLOW_START if self._stage == FIRST else 1)
+        return self._seconds * (SLOW_START if self._stage in (OPENING, FIRST) else 1)
 
     def _left(self) -> float:
         return self._last + self._limit() - time.monotonic()
@@ -58,19 +58,34 @@ class Watchdog:
         path = self._folder / f'hang-{number}.txt'
         reason = (f'no step ended in {self._limit():g} seconds: process {number} was at {self._stage} (step {self._step}); '
                   f'{path} tells where each thread stands, and Train.hang_seconds sets the limit.')
+        try:
+            stacks = _stacks()
+            # In a thread: the file system, or who reads what is told, may be what hangs.
+            writer = threading.Thread(target=_tell, args=(path, reason, stacks), daemon=True)
+            writer.start()
+            if jax.process_count() > 1:
+                time.sleep(GRACE_SECONDS)
+            writer.join(GRACE_SECONDS)
+        finally:  # whatever fails here
+            self._end(reason)
+
+
+def _stacks() -> str:
+    """Where each thread stands; why that cannot be told, at worst."""
+    try:
         with tempfile.TemporaryFile('w+', encoding='utf-8') as file:  # faulthandler wants a local one
             faulthandler.dump_traceback(file, all_threads=True)
             file.seek(0)
-            stacks = file.read()
+            return file.read()
+    except OSError as error:
+        return f'(no stacks: {error})'
+
+
+def _tell(path: pathlib.Path, reason: str, stacks: str) -> None:
+    with contextlib.suppress(OSError, ValueError):  # closed, or nobody reads it
         sys.stderr.write(f'\n{stacks}\nvora: {reason} Run the same command to resume from the last checkpoint.\n')
         sys.stderr.flush()
-        # In a thread: the file system may be what hangs.
-        writer = threading.Thread(target=_write, args=(path, f'{reason}\n\n{stacks}'), daemon=True)
-        writer.start()
-        if jax.process_count() > 1:
-            time.sleep(GRACE_SECONDS)
-        writer.join(GRACE_SECONDS)
-        self._end(reason)
+    _write(path, f'{reason}\n\n{stacks}')
 
 
 def _write(path: pathlib.Path, text: str) -> None:
@@ -87,7 +102,7 @@ def watching(seconds: float, folder: pathlib.Path, end: Callable[[str], None] | 
     it may then start it again.
 
     Args:
-        seconds: from one sign of life to the next; the first step gets `SLOW_START` times as long.
+        seconds: from one sign of life to the next; until the first step is done, `SLOW_START` times as long.
         folder: of the run.
         end: ends the process for the reason it is given, and the other processes with it; by default this process alone.
     """

@@ -52,8 +52,8 @@ class CueEnhancerModule(nn.Module):
         heads, points = config.num_heads, config.num_points
         batch, places, width = anchor.shape
 
-        def linear(name, x, features, kernel_init=nn.initializers.zeros, bias_init=nn.initializers.zeros):
-            dense = AdaptedDense(features, ('vision', 'width'), use_bias=True, kernel_init=kernel_init, bias_init=bias_init,
+        def linear(name, x, features, kernel_init=nn.initializers.zeros, bias_init=nn.initializers.zeros, cut='width'):
+            dense = AdaptedDense(features, ('vision', cut), use_bias=True, kernel_init=kernel_init, bias_init=bias_init,
                                  name=name)
             return dense(x, SlotContext(patches.key_range))
 
@@ -62,10 +62,11 @@ class CueEnhancerModule(nn.Module):
         values = linear('value_proj', values, width, nn.initializers.xavier_uniform())
         values = jnp.moveaxis(values.reshape(batch, len(levels), places, heads, -1), 1, 0)
         shape = batch, places, heads, len(levels), points
-        query = query.astype(jnp.float32)  # places of a few patches would lose their fractions in bfloat16
-        offsets = linear('offset_proj', query, math.prod(shape[2:]) * 2, bias_init=_spread(*shape[2:]))
+        # Places of a few patches would lose their fractions in bfloat16, and so would cut kernels, which are gathered in it.
+        query = query.astype(jnp.float32)
+        offsets = linear('offset_proj', query, math.prod(shape[2:]) * 2, bias_init=_spread(*shape[2:]), cut=None)
         offsets = offsets.reshape(*shape, 2)
-        weights = linear('weight_proj', query, math.prod(shape[2:])).reshape(*shape[:3], -1)
+        weights = linear('weight_proj', query, math.prod(shape[2:]), cut=None).reshape(*shape[:3], -1)
         weights = nn.softmax(weights, axis=-1).reshape(shape)
 
         grid = patch_grid(patches)

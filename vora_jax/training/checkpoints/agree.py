@@ -4,10 +4,14 @@ Through the coordination service of `jax.distributed`, so that a background thre
 compute, and every wait ends: a collective of the devices has no timeout. One process alone talks to nobody.
 """
 import collections
+import json
+from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax._src import distributed  # the coordination service's client has no public name
+
+from vora_jax.types import TryAgain, UserError
 
 SECONDS = 600  # a process that tells nothing for so long is lost; a dead one ends the run much earlier by its heartbeat
 
@@ -46,6 +50,29 @@ def announce(topic: str, text: str, seconds: float = SECONDS) -> str:
         _client().key_value_set(key, text)
         return text
     return _wait(key, topic, 0, seconds)
+
+
+def decide(topic: str, choose: Callable[[], Any], seconds: float = SECONDS) -> Any:
+    """What `choose` gives at the first process (JSON values), at all of them: file systems may show them unlike things.
+    Called by all processes.
+
+    Raises:
+        UserError, TryAgain: as `choose` at the first process, at all of them.
+        TimeoutError: the first process told nothing in time.
+    """
+    if jax.process_count() == 1:
+        return choose()
+    told = {}
+    if jax.process_index() == 0:
+        try:
+            told = {'value': choose()}
+        except (UserError, TryAgain) as error:
+            told = {type(error).__name__: str(error)}
+    told = json.loads(announce(topic, json.dumps(told), seconds))
+    for kind in (UserError, TryAgain):
+        if kind.__name__ in told:
+            raise kind(told[kind.__name__])
+    return told['value']
 
 
 def _key(kind: str, topic: str) -> str:

@@ -15,6 +15,7 @@ from vora_jax.training.checkpoints import checksum, storage
 from vora_jax.training.checkpoints.orbax_options import orbax_options, quiet
 from vora_jax.training.checkpoints.record import Record, read_record
 from vora_jax.training.checkpoints.storage import Path
+from vora_jax.training.checkpoints.trouble import first_line, mismatch, mistake
 from vora_jax.training.checkpoints.workdir import (
     copy_tokenizer,
     latest_step,
@@ -25,7 +26,7 @@ from vora_jax.training.checkpoints.workdir import (
     step_numbers,
     write_config,
 )
-from vora_jax.types import Params, UserError
+from vora_jax.types import Params, TryAgain, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,13 +136,21 @@ def restore(folder: Path, shapes: dict[str, Any]) -> dict[str, Any]:
     """The named parts of a folder, as `jax.ShapeDtypeStruct`s with shardings say.
 
     Raises:
-        UserError: a part does not have these shapes.
+        UserError: a part does not have these shapes, or may not be read.
+        TryAgain: the disk, the network or the store fails.
+        JaxRuntimeError, MemoryError: as they come, such as for arrays that do not fit the devices.
     """
     try:
         return ocp.load_checkpointables(storage.absolute(folder), shapes)
-    except Exception as error:  # Orbax wraps the telling message in others
-        reason = str(error.__cause__ or error).splitlines()[0]
-        raise UserError(f'{folder} does not hold what this configuration needs: {reason}') from error
+    except Exception as error:  # Orbax wraps the telling one in others
+        cause, unlike, why = error.__cause__ or error, mismatch(error), mistake(error)
+        if isinstance(cause, jax.errors.JaxRuntimeError | MemoryError):
+            raise
+        if unlike:
+            raise UserError(f'{folder} does not hold what this configuration needs: {unlike}') from error
+        if why:
+            raise UserError(f'{folder} cannot be read: {why[0]}; {why[1]}.') from error
+        raise TryAgain(f'{folder} cannot be read: {first_line(cause)}; run the same command again.') from error
 
 
 def load_as_numpy(folder: Path, part: str) -> Params:

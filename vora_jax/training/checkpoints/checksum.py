@@ -15,12 +15,19 @@ import jax
 
 from vora_jax.training.checkpoints import agree
 from vora_jax.training.checkpoints.storage import Path, files_below, remove_folder, write_whole
+from vora_jax.training.checkpoints.trouble import GONE, patiently
+from vora_jax.types import UserError
 
 SIDECAR = 'SHA256.json'
+SECONDS = 6 * 3600  # that processes wait for each other's hashing; of one that died they hear at once
 
 
 def digest(folder: Path, names: Iterable[str]) -> dict[str, str]:
-    """{relative path: sha256} of the named files below a folder; '' for one that cannot be read."""
+    """{relative path: sha256} of the named files below a folder; '' for one that is not there.
+
+    Raises:
+        UserError, TryAgain: one is there and cannot be read.
+    """
     names = list(names)
     with concurrent.futures.ThreadPoolExecutor(4) as pool:  # hashlib releases the interpreter lock
         return dict(zip(names, pool.map(lambda name: _sha256(folder / name), names), strict=True))
@@ -34,14 +41,15 @@ def commit(folder: Path) -> None:
         OSError: a file could not be read back, or the sidecar not written; the same at all processes.
         TimeoutError: a process did not answer.
     """
-    parts = agree.collect(f'commit {folder}', json.dumps(digest(folder, filter(_is_mine(), _names(folder)))))
+    parts = agree.collect(f'commit {folder}', json.dumps(digest(folder, filter(_is_mine(), _names(folder)))),
+                          SECONDS)
     trouble = ''
     if parts:
         try:
             _write(folder, {name: value for part in parts for name, value in json.loads(part).items()})
-        except OSError as error:
-            trouble = str(error)
-    trouble = agree.announce(f'commit {folder}', trouble)
+        except Exception as error:  # an OSError, or one of an object store's library
+            trouble = str(error.__cause__ or error) or type(error).__name__
+    trouble = agree.announce(f'commit {folder}', trouble, SECONDS)
     if trouble:
         raise OSError(trouble)
 
@@ -53,16 +61,22 @@ def is_committed(folder: Path) -> bool:
 
 def damaged_files(folder: Path) -> list[str]:
     """Files of a committed folder that are missing or changed since; empty means sound. Called by all processes, which
-    get the same answer."""
+    get the same answer.
+
+    Raises:
+        UserError, TryAgain: a file is there and cannot be read, which is no damage: it may be sound.
+    """
     try:
-        expected = dict(json.loads((folder / SIDECAR).read_text()))
-    except (OSError, ValueError, TypeError):
+        expected = dict(json.loads(patiently((folder / SIDECAR).read_bytes, folder / SIDECAR)))
+    except UserError:
+        raise
+    except (*GONE, ValueError, TypeError):
         expected = {}
     present = digest(folder, filter(_is_mine(), expected))
     mine = [name for name, value in present.items() if value != expected[name]] if expected else [SIDECAR]
-    parts = agree.collect(f'verify {folder}', json.dumps(mine))
+    parts = agree.collect(f'verify {folder}', json.dumps(mine), SECONDS)
     damaged = sorted({name for part in parts for name in json.loads(part)})
-    return json.loads(agree.announce(f'verify {folder}', json.dumps(damaged)))
+    return json.loads(agree.announce(f'verify {folder}', json.dumps(damaged), SECONDS))
 
 
 def remove_unfinished(workdir: Path) -> None:
@@ -99,8 +113,11 @@ def _write(folder: Path, hashes: dict[str, str]) -> None:
 
 
 def _sha256(path: Path) -> str:
-    try:
+    def read() -> str:
         with path.open('rb') as file:
             return hashlib.file_digest(file, 'sha256').hexdigest()
-    except OSError:
+
+    try:
+        return patiently(read, path)
+    except GONE:
         return ''

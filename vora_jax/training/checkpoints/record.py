@@ -7,7 +7,7 @@ from orbax.checkpoint.experimental import v1 as ocp
 from vora_jax.training.checkpoints.storage import Path, absolute
 from vora_jax.types import UserError
 
-FORMAT = 1
+FORMAT = 2  # 1: the optimizer's state alone, without the counts of the step guard
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,10 +42,15 @@ class Record:
 
 
 def read_record(folder: Path) -> Record:
-    """The record of a step."""
+    """The record of a step.
+
+    Raises:
+        UserError: another version of this package wrote it.
+    """
     stored = dict(ocp.checkpointables_metadata(absolute(folder)).custom_metadata or {})
-    if stored.get('format') != FORMAT:
-        raise UserError(f'{folder} has the layout {stored.get("format")}, but this version reads {FORMAT}; '
-                        'use the version '
-                        'of vora that wrote it.')
+    found = stored.get('format')
+    if found != FORMAT:
+        older = not isinstance(found, int) or found < FORMAT
+        raise UserError(f'{folder} was written by {"an older" if older else "a newer"} version of vora (layout {found}, this '
+                        f'one reads {FORMAT}); go on with the version that wrote it, or train anew in another workdir.')
     return Record(**stored)

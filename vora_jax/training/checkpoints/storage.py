@@ -16,7 +16,8 @@ from collections.abc import Iterable
 
 from etils import epath
 
-from vora_jax.types import UserError
+from vora_jax.training.checkpoints.trouble import first_line, mistake
+from vora_jax.types import TryAgain, UserError
 
 Path = pathlib.Path | epath.Path
 
@@ -27,7 +28,8 @@ def to_path(text: str | Path) -> Path:
     """The folder or file that a text names.
 
     Raises:
-        UserError: a URL of another kind or one that cannot be read, or the Python package for its kind is missing.
+        UserError: a URL of another kind or one that may not be read, or the Python package for its kind is missing.
+        TryAgain: the network or the store fails.
     """
     scheme, mark, _ = str(text).partition('://')
     if not mark:
@@ -42,8 +44,10 @@ def to_path(text: str | Path) -> Path:
     try:
         path.exists()
     except Exception as error:  # each library has errors of its own
-        raise UserError(f'{text} cannot be read: {_first_line(error)}; check its name, and what this machine may do there.'
-                        ) from error
+        if mistake(error) or isinstance(error, ValueError | ImportError):  # its name makes no sense; a library is incomplete
+            raise UserError(f'{text} cannot be read: {first_line(error)}; check its name, and what this machine may do there.'
+                            ) from error
+        raise TryAgain(f'{text} cannot be read: {first_line(error)}; run the same command again.') from error
     return path
 
 
@@ -89,15 +93,23 @@ def remove_folder(folder: Path) -> None:
 
 
 def copy_files(names: Iterable[str], source: Path, target: Path) -> None:
-    """Copies files from one folder to another; either may be remote. A file that is not there is left out."""
+    """Copies files from one folder to another; either may be remote. A file that is not there is left out.
+
+    A local one appears whole, also where several processes copy it at once.
+    """
     for name in names:
         if not (source / name).is_file():
             continue
         target.mkdir(parents=True, exist_ok=True)
-        if is_remote(source) or is_remote(target):
+        if is_remote(target):
             (target / name).write_bytes((source / name).read_bytes())
+            continue
+        temporary = target / f'{name}.{os.getpid()}.tmp'
+        if is_remote(source):
+            temporary.write_bytes((source / name).read_bytes())
         else:
-            shutil.copyfile(source / name, target / name)
+            shutil.copyfile(source / name, temporary)
+        os.replace(temporary, target / name)
 
 
 def local_side(folder: Path) -> pathlib.Path:
@@ -106,7 +118,3 @@ def local_side(folder: Path) -> pathlib.Path:
         return folder
     key = hashlib.sha256(str(folder).encode()).hexdigest()[:16]
     return pathlib.Path.home() / '.cache' / 'vora_jax' / 'workdirs' / key
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition('\n')[0].rstrip('.') or type(error).__name__

@@ -6,22 +6,13 @@ from typing import Any
 import jax
 from orbax.checkpoint.experimental import v1 as ocp
 
-from vora_jax.training.checkpoints import checksum, storage, workdir
+from vora_jax.training.checkpoints import agree, checksum, storage, workdir
 from vora_jax.training.checkpoints.fingerprint import content_hash
 from vora_jax.training.checkpoints.orbax_options import orbax_options, quiet
 from vora_jax.training.checkpoints.record import Record
 from vora_jax.training.checkpoints.storage import Path
-from vora_jax.types import Params, UserError
-
-# What a failed save says, in the words of the operating system or of Orbax's libraries; why; and what helps.
-CAUSES = (
-    (('no space left', 'quota exceeded', 'resource_exhausted', 'file too large'), 'the disk is full', 'free some space'),
-    (('permission denied', 'permission_denied', 'not permitted', 'forbidden', 'read-only'), 'writing there is not allowed',
-     'allow it'),
-    (('no such file', 'not_found', 'stale file', 'input/output error', 'not connected', 'not a directory'),
-     'its folder vanished', 'bring it back'),
-)
-
+from vora_jax.training.checkpoints.trouble import first_line, mistake
+from vora_jax.types import Params, TryAgain, UserError
 
 class Writer:
     """Saves steps; at most one save is under way.
@@ -43,7 +34,7 @@ class Writer:
         """The hash of the frozen weights' content ('' for none); writes them unless they are there."""
         content = content_hash(frozen)
         folder = workdir.frozen_folder(self._workdir, content)
-        if content and not checksum.is_committed(folder):
+        if content and not agree.decide(f'committed {folder}', lambda: checksum.is_committed(folder)):
             try:
                 with orbax_options(), quiet():
                     ocp.save_checkpointables(storage.absolute(folder), {'frozen': frozen}, overwrite=True)
@@ -74,7 +65,7 @@ class Writer:
             self.wait()
 
     def wait(self) -> None:
-        """Returns when the last save is committed; raises UserError with what made it fail."""
+        """Returns when the last save is committed; raises UserError or TryAgain with what made it fail."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
@@ -89,11 +80,11 @@ class Writer:
             with quiet():
                 response.result()
             checksum.commit(folder)
-            workdir.send_logs(self._workdir)
             if jax.process_index() == 0:
                 self._remove_old(int(folder.name))
         except Exception as error:
             raise _told(folder, error) from error
+        workdir.send_logs(self._workdir)
 
     def _remove_old(self, newest: int) -> None:
         """Deletes what is not to be kept; `newest` is committed, so that the step a run was resumed from may go now."""
@@ -108,13 +99,9 @@ class Writer:
             storage.remove_folder(folder)
 
 
-def _told(folder: Path, error: Exception) -> UserError:
-    """What went wrong, in one sentence."""
-    text = str(error)
-    for words, cause, advice in CAUSES:
-        if any(word in text.lower() for word in words):
-            break
-    else:
-        cause, advice = text.partition('\n')[0] or type(error).__name__, 'mend that'
-    return UserError(f'the checkpoint {folder} could not be written: {cause}; {advice} and run the same command, which '
-                     'resumes at the last finished step.')
+def _told(folder: Path, error: Exception) -> UserError | TryAgain:
+    """What went wrong, in one sentence; a user's mistake only where trying again would not help."""
+    why = mistake(error)
+    cause, advice = why or (first_line(error), 'mend that if it lasts')
+    return (UserError if why else TryAgain)(f'the checkpoint {folder} could not be written: {cause}; {advice} and run the '
+                                            'same command, which resumes at the last finished step.')

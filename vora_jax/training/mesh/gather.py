@@ -75,36 +75,34 @@ def _is_looked_up(path: str, places: dict[str, NamedSharding]) -> bool:
 
 
 def _constrained(value: Array, place: NamedSharding, dim: int, dtype: jnp.dtype) -> Array:
-    held = value.dtype
+    held, spec = value.dtype, P(*(None if i == dim else axes for i, axes in enumerate(place.spec)))
 
-    @jax.custom_vjp
-    def whole(value):
-        spec = P(*(None if i == dim else axes for i, axes in enumerate(place.spec)))
+    def forward(value):
         # First where it lies, in the dtype that travels: XLA would as well gather and then round.
         local = lax.with_sharding_constraint(value.astype(dtype), place)
         return lax.with_sharding_constraint(local, NamedSharding(place.mesh, spec)).astype(held)
 
-    def backward(_, gradient):
-        return (lax.with_sharding_constraint(gradient, place),)
-
-    whole.defvjp(lambda value: (whole(value), None), backward)
-    return whole(value)
+    return _gathered(value, forward, lambda gradient: lax.with_sharding_constraint(gradient, place))
 
 
 def _two_hop(value: Array, dim: int, dtype: jnp.dtype) -> Array:
     held = value.dtype
 
-    @jax.custom_vjp
-    def whole(value):
+    def forward(value):
         near = lax.all_gather(value.astype(dtype), 'fsdp', axis=dim, tiled=True)
         return lax.all_gather(near, 'data', axis=dim, tiled=True).astype(held)
 
-    def backward(_, gradient):
+    def backward(gradient):
         far = lax.psum_scatter(gradient, 'data', scatter_dimension=dim, tiled=True)
-        return (lax.psum_scatter(far, 'fsdp', scatter_dimension=dim, tiled=True),)
+        return lax.psum_scatter(far, 'fsdp', scatter_dimension=dim, tiled=True)
 
-    whole.defvjp(lambda value: (whole(value), None), backward)
-    return whole(value)
+    return _gathered(value, forward, backward)
+
+
+def _gathered(value: Array, forward: Callable[[Array], Array], backward: Callable[[Array], Array]) -> Array:
+    gathered = jax.custom_vjp(forward)
+    gathered.defvjp(lambda value: (forward(value), None), lambda _, gradient: (backward(gradient),))
+    return gathered(value)
 
 
 def in_shards(gradient: Callable, trainable: Params, frozen: Params, mesh: jax.sharding.Mesh) -> Callable:

@@ -3,7 +3,7 @@
 Rows are cut over the mesh axes `sharding.ROWS`; devices along the other axes hold the same rows. Processes whose devices
 hold the same rows read the same ones.
 """
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -41,6 +41,18 @@ def row_shard(mesh: jax.sharding.Mesh, process: int | None = None) -> RowShard:
                         'of theirs with those of another; choose a product that divides the devices of a process, or is a '
                         'multiple of them.')
     return RowShard(order.index(own), len(order))
+
+
+def open_mesh(config: config_lib.Train, devices: list[Any] | None = None) -> jax.sharding.Mesh:
+    """The mesh of a run, before anything else of it is opened.
+
+    Raises:
+        UserError: it does not fit the devices (default: all), or the rows or slots of a batch do not divide over it.
+    """
+    mesh = sharding.make_mesh(config.mesh, devices)
+    check_rows(config, mesh)
+    sharding.check_slots(config, mesh)
+    return mesh
 
 
 def check_rows(config: config_lib.Train, mesh: jax.sharding.Mesh) -> None:

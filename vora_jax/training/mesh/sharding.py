@@ -64,8 +64,9 @@ def make_mesh(config: config_lib.Mesh, devices: list[Any] | None = None) -> jax.
         raise UserError(f"Mesh.gather = 'two_hop' is for rows and parameters alone; set Mesh.context = {sizes[2]} and "
                         f'Mesh.tensor = {sizes[3]} to 1, or leave Mesh.gather out.')
     types = (jax.sharding.AxisType.Auto,) * len(AXES)
-    slices = len({getattr(device, 'slice_index', 0) for device in devices})
-    if slices == 1:
+    # GPUs have slice numbers, too, one for each host or NVLink domain: there fsdp may span them.
+    slices = len({device.slice_index for device in devices if device.platform == 'tpu' and hasattr(device, 'slice_index')})
+    if slices <= 1:
         placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
         return jax.sharding.Mesh(placed, AXES, axis_types=types)
     # Between slices lies the slow network: only replicas, which exchange gradients alone, may be that far apart.
