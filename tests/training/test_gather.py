@@ -102,4 +102,4 @@ def test_gathered_weights_are_not_kept_for_the_backward_pass():
         compiled = compile_step(step, plan.state_shardings, plan.frozen_shardings, on).lower(
             plan.state, plan.frozen, batch).compile()
     whole = sum(leaf.size * 4 for path, leaf in plan.params.items() if 'group_0' in path)
-    assert compiled.memory_analysis().temp_size_in_bytes < 0.7 * whole
+    assert compiled.memory_analysis().temp_size_in_bytes < 1.3 * whole  # 1.0, and 2.0 where they are kept
