@@ -2,14 +2,12 @@
 
 import argparse
 import importlib
-import pathlib
 import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from launch import flags, steps
+from launch import asked, flags, steps
 from launch.job import Job
-from vora_jax.cli.main import VERBS
 from vora_jax.types import UserError
 
 KINDS = ('local', 'tpu-vm', 'queued-resource', 'xpk', 'jobset', 'skypilot', 'slurm')
@@ -24,8 +22,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Launches; 0 when done, 2 for a user's mistake (told in one sentence), else the exit code of what failed."""
     words = list(sys.argv[1:] if argv is None else argv)
     cut = words.index('--') if '--' in words else len(words)
-    args = parser().parse_args(words[:cut])
     try:
+        asked.raise_if_bare(words[:cut])
+        args = parser().parse_args(words[:cut])
         planned = plan(args, tuple(words[cut + 1 :]))
         if not args.dry_run:
             return steps.run(planned, 'once its cause is removed, the same command goes on where it stopped.')
@@ -35,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f'launch: {error}', file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print('launch: interrupted; what runs elsewhere goes on, `stop` stops it.', file=sys.stderr)
+        print('launch: interrupted; what runs elsewhere goes on; `stop` or `delete` ends it.', file=sys.stderr)
         return 130
 
 
@@ -93,7 +92,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def module(kind: str) -> ModuleType:
-    """The module of a kind: HELP, ACTIONS, CODE, ACCELERATOR, WORKDIR_ANYWHERE, add_arguments and steps."""
+    """The module of a kind: HELP, ACTIONS, CODE, ACCELERATOR, WORKDIR_ANYWHERE, add_arguments and steps; SENDS_COMMIT if
+    its checkout is the last commit."""
     return importlib.import_module('launch.' + kind.replace('-', '_'))
 
 
@@ -101,7 +101,8 @@ def plan(args: argparse.Namespace, arguments: tuple[str, ...]) -> list[steps.Ste
     """What the command line asks for. UserError for mistakes in it."""
     kind = module(args.kind)
     if args.action == 'run':
-        _check(arguments, args.code, kind.WORKDIR_ANYWHERE)
+        sends_commit = getattr(kind, 'SENDS_COMMIT', False) and args.code == 'checkout'
+        asked.check(arguments, args.code, kind.WORKDIR_ANYWHERE, sends_commit)
     accelerator = 'cuda' if getattr(args, 'gpus', None) else kind.ACCELERATOR
     job = Job(
         args.name,
@@ -113,35 +114,6 @@ def plan(args: argparse.Namespace, arguments: tuple[str, ...]) -> list[steps.Ste
         args.grace_seconds,
     )
     return kind.steps(job, args, args.action)
-
-
-def _check(arguments: tuple[str, ...], code: str, workdir_anywhere: bool) -> None:
-    """Raises UserError for mistakes that would cost a pod's start."""
-    if not arguments or arguments[0] not in VERBS:
-        raise UserError(
-            f'what to run goes after --, a verb of vora first ({", ".join(VERBS)}), for example '
-            '-- train CONFIG --workdir DIR.'
-        )
-    if arguments[0] != 'train':
-        return
-    config = next((word for word in arguments[1:] if word.endswith('.gin')), None)
-    if code == 'checkout' and config and not pathlib.Path(config).is_file():
-        raise UserError(f'there is no file {config!r} in this folder, which is sent to the hosts; correct its path.')
-    workdir = _value(arguments, '--workdir')
-    if workdir and not workdir_anywhere and '://' not in workdir and not workdir.startswith('/'):
-        raise UserError(
-            f'--workdir {workdir!r} would be a folder of each host alone; use gs://BUCKET/FOLDER, or the absolute '
-            'path of a file system that all hosts share.'
-        )
-
-
-def _value(arguments: tuple[str, ...], flag: str) -> str:
-    for word, following in zip(arguments, (*arguments[1:], '')):
-        if word == flag:
-            return following
-        if word.startswith(flag + '='):
-            return word.removeprefix(flag + '=')
-    return ''
 
 
 if __name__ == '__main__':

@@ -88,7 +88,7 @@ def gcloud() -> None:
     for kind in ('tpu-vm', 'queued-resource'):
         for action in command.module(kind).ACTIONS:
             for step in planned(kind, action):
-                for argv in (getattr(step, 'argv', ()), getattr(step, 'unless', ())):
+                for argv in (getattr(step, name, ()) for name in ('argv', 'ask', 'create', 'delete')):
                     lines += [join(argv)] if argv[:1] == ('gcloud',) else []
     wrong = lines[0].replace('--zone', '--zones')
     for line in [*sorted(set(lines)), wrong]:
@@ -103,7 +103,7 @@ def xpk(folder: pathlib.Path) -> None:
     """xpk's own dry run; its manifest is checked, and its container runs with a `vora` that prints its arguments."""
     import yaml
 
-    argv = next(step.argv for step in planned('xpk') if isinstance(step, steps.Command))
+    argv = next(step.create for step in planned('xpk') if isinstance(step, steps.Ensure))
     manifest = folder / 'xpk.yaml'
     for words in (argv, next(step.argv for step in planned('xpk', 'create'))):
         output = [f'--output-manifest-file={manifest}'] * ('workload' in words)

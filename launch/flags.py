@@ -49,7 +49,7 @@ BY_ACCELERATOR = {
 }
 # Who is who is for the launcher and the cluster to say.
 _OURS = re.compile(r'JAX_(COORDINATOR_ADDRESS|NUM_PROCESSES|PROCESS_ID)|(MEGASCALE|TPU_WORKER|SLURM|JOB)_.*')
-_SECRET = re.compile(r'TOKEN|SECRET|PASSWORD|CREDENTIAL|API_?KEY|ACCESS_?KEY', re.I)
+_SECRET = re.compile(r'(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|(API|ACCESS)?KEY)($|_)', re.I)
 _FLAG = re.compile(r'--\w+=\S+')
 
 

@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vora_jax.types import UserError
@@ -9,7 +10,10 @@ from vora_jax.types import UserError
 FOLDER = pathlib.Path('runs', 'launch')
 # The strictest of all kinds: Kubernetes puts it into the host names of pods, xpk allows 40 characters.
 _NAME = re.compile(r'[a-z]([-a-z0-9]{0,38}[a-z0-9])?')
-_GIT = re.compile(r'git\+(?P<url>\w+://([\w.-]+@)?[\w.:/~%+-]+?)(@(?P<ref>[\w./-]+))?')
+_GIT = re.compile(
+    r'git\+(?P<url>((https?|git|file)://|ssh://([\w.-]+@)?|[\w.-]+@(?=[\w.-]+:))[\w.:/~%+-]+?)(@(?P<ref>[\w./-]+))?'
+)
+_USER = re.compile(r'(git\+)?(https?|git|file)://[^/]*@.*')  # in front of a host name: a password or a token, mostly
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,11 @@ class Job:
             )
         if any('\0' in word for word in self.arguments):
             raise UserError('the arguments after -- contain a NUL byte, which no program can receive; remove it.')
+        if _USER.fullmatch(self.code):
+            raise UserError(
+                '--code: the URL names a user or a token in front of @HOST, which scripts and --dry-run would show; use '
+                'git+ssh://git@HOST/REPOSITORY@REF, or a public repository.'
+            )
         if self.code not in ('checkout', 'installed') and not _GIT.fullmatch(self.code):
             raise UserError(
                 f"--code {self.code!r} is not 'checkout', 'installed' or 'git+https://HOST/REPOSITORY@REF'."
@@ -55,7 +64,22 @@ class Job:
         return FOLDER / self.name
 
     @property
+    def workdir(self) -> str:
+        """The value of --workdir; '' without."""
+        return value_of('--workdir', self.arguments)
+
+    @property
     def git(self) -> tuple[str, str]:
         """URL and ref of the code; two empty texts if it does not come from git."""
         match = _GIT.fullmatch(self.code)
         return (match['url'], match['ref'] or 'HEAD') if match else ('', '')
+
+
+def value_of(flag: str, arguments: Sequence[str]) -> str:
+    """The value of `--flag VALUE` or `--flag=VALUE`; '' without."""
+    for word, following in zip(arguments, (*arguments[1:], '')):
+        if word == flag:
+            return following
+        if word.startswith(flag + '='):
+            return word.removeprefix(flag + '=')
+    return ''

@@ -1,11 +1,12 @@
 """GKE JobSet: raw YAML for kubectl."""
 
 import argparse
+import hashlib
 from typing import Any
 
 from launch import topology, worker, yaml_text
 from launch.job import Job
-from launch.steps import Command, File, Step
+from launch.steps import Command, Ensure, File, Step
 from vora_jax.types import UserError
 
 HELP = 'A JobSet of Cloud TPU slices on a GKE cluster that has JobSet installed, as YAML for kubectl.'
@@ -16,6 +17,7 @@ WORKDIR_ANYWHERE = False
 PYTHON_IMAGE = 'python:3.12'
 PORT = 8482  # of JAX's coordinator
 GROUP_NAME = 'workers'
+MARK = 'launch-files'  # annotation: a digest of what was asked for
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,23 +44,56 @@ def steps(job: Job, args: argparse.Namespace, action: str) -> list[Step]:
     if action == 'logs':
         return log_commands(job, kubectl, args.slices, tpus.hosts)
     path = job.folder / 'jobset.yaml'
+    # In the foreground: pods that still save keep their names until they are gone.
+    delete = (*kubectl, 'delete', 'jobset,configmap', job.name, '--cascade=foreground', '--ignore-not-found')
     if action == 'delete':
-        return [Command((*kubectl, 'delete', 'jobset,configmap', job.name))]
-    text = '---\n'.join(yaml_text.dump(document) for document in documents(job, args, tpus))
-    return [File(path, text), Command((*kubectl, 'apply', f'--filename={path}'))]
+        return [Command(delete)]
+    asked = documents(job, args, tpus)
+    mark = hashlib.sha256('---\n'.join(map(yaml_text.dump, asked)).encode()).hexdigest()[:16]
+    asked[1]['metadata']['annotations'][MARK] = mark
+    return [
+        File(path, '---\n'.join(map(yaml_text.dump, asked))),
+        ensure(job, kubectl, f'{{.metadata.annotations.{MARK}}}', mark, (*kubectl, 'apply', f'--filename={path}'), delete),
+    ]
+
+
+def ensure(
+    job: Job, kubectl: tuple[str, ...], shown: str, same: str, create: tuple[str, ...], delete: tuple[str, ...]
+) -> Ensure:
+    """Creates the JobSet of this name. `kubectl apply` would leave one that has ended as it is.
+
+    Args:
+        job: Job
+        kubectl: the program, and its flags for where.
+        shown: jsonpath of a text of the JobSet that tells what it runs.
+        same: what that text holds if it runs this.
+        create, delete: commands.
+    """
+    state = '{.status.conditions[?(@.status=="True")].type}'
+    return Ensure(
+        f'the JobSet {job.name}',
+        (*kubectl, 'get', 'jobset', job.name, f'--output=jsonpath={state} {shown}'),
+        create,
+        delete,
+        ('Completed', 'Failed'),
+        same=same,
+    )
 
 
 def log_commands(job: Job, kubectl: tuple[str, ...], slices: int, hosts: int) -> list[Step]:
     """Writes the log of each worker to a file of its own; JobSet labels the pods."""
     labels = 'jobset.sigs.k8s.io/jobset-name={},jobset.sigs.k8s.io/job-index={},batch.kubernetes.io/job-completion-index={}'
     return [
-        Command(
-            (*kubectl, 'logs', '--tail=-1', '--selector=' + labels.format(job.name, number, host)),
-            output=job.folder / 'logs' / f'{number}-{host}.log',
-            optional=True,
-        )
-        for number in range(slices)
-        for host in range(hosts)
+        Command(('mkdir', '-p', str(job.folder / 'logs'))),
+        *(
+            Command(
+                (*kubectl, 'logs', '--tail=-1', '--selector=' + labels.format(job.name, number, host)),
+                output=job.folder / 'logs' / f'{number}-{host}.log',
+                optional=True,
+            )
+            for number in range(slices)
+            for host in range(hosts)
+        ),
     ]
 
 
@@ -160,7 +195,7 @@ def job_spec(job: Job, args: argparse.Namespace, tpus: topology.Slice) -> dict[s
         'backoffLimit': 0,
         'podFailurePolicy': {
             'rules': [
-                {'action': 'FailJob', 'onExitCodes': {'containerName': 'trainer', 'operator': 'In', 'values': [2]}},
+                {'action': 'FailJob', 'onExitCodes': {'containerName': 'trainer', 'operator': 'In', 'values': [2, 130]}},
             ]
         },
         'template': {'spec': pod},

@@ -41,9 +41,9 @@ def steps(job: Job, args: argparse.Namespace, action: str) -> list[Step]:
     lines = [
         f'{" ".join(f"{name}={quote(value)}" for name, value in each.items())} {join(argv)} '
         f'>{job.folder}/logs/{number}.log 2>&1 &'
-        for number, each in enumerate(variables('PORT'))
+        for number, each in enumerate(variables(str(_free_port())))
     ]
-    text = '\n'.join(['# PORT: one that is free', *lines, 'wait'])
+    text = '\n'.join([f'mkdir -p {job.folder}/logs', *lines, 'wait'])
     return [Here(text, lambda: supervise(job, argv, variables(str(_free_port()))))]
 
 

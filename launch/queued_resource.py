@@ -2,16 +2,17 @@
 
 import argparse
 
-from launch import tpu_vm
+from launch import topology, tpu_vm
 from launch.job import Job
-from launch.steps import Command, Step, Wait
+from launch.steps import Command, Ensure, Step, Wait
 from vora_jax.types import UserError
 
 HELP = 'Cloud TPU slices that gcloud queues for: one or several, on demand or spot.'
 ACTIONS = tpu_vm.ACTIONS
 CODE, ACCELERATOR, WORKDIR_ANYWHERE = tpu_vm.CODE, tpu_vm.ACCELERATOR, tpu_vm.WORKDIR_ANYWHERE
+SENDS_COMMIT = True
 GROUP = ('gcloud', 'compute', 'tpus', 'queued-resources')
-HOPELESS = ('FAILED', 'SUSPENDING', 'SUSPENDED', 'DELETING')  # states from which it never becomes ACTIVE
+DEAD, PASSING = ('FAILED', 'SUSPENDED'), ('SUSPENDING', 'DELETING')  # states from which it never becomes ACTIVE
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +32,8 @@ def steps(job: Job, args: argparse.Namespace, action: str) -> list[Step]:
     """The steps of an action."""
     if action == 'create' and not args.topology:
         raise UserError('create needs --topology, for example v5e:4x4.')
+    if action == 'logs' and not args.topology:
+        raise UserError('logs needs --topology and --slices, as in the command that created it: each host is asked.')
     if args.slices < 1:
         raise UserError('--slices must be 1 or more.')
     where = tpu_vm.location(args)
@@ -39,14 +42,17 @@ def steps(job: Job, args: argparse.Namespace, action: str) -> list[Step]:
     return {
         'create': lambda: create,
         'run': lambda: [*create, *tpu_vm.start(job, GROUP, hosts)],
-        'logs': lambda: [tpu_vm.fetch_logs(job, GROUP, hosts)],
+        'logs': lambda: tpu_vm.fetch_logs(
+            job, GROUP, where, [(f'--node={node}',) for node in range(args.slices)], topology.parse(args.topology).hosts
+        ),
         'stop': lambda: [tpu_vm.stop(job, GROUP, hosts)],
-        'delete': lambda: [Command((*GROUP, 'delete', job.name, *where, '--force', '--quiet'))],
+        'delete': lambda: [Command(_delete(job, where))],
     }[action]()
 
 
 def _create(job: Job, args: argparse.Namespace, where: tuple[str, ...]) -> list[Step]:
-    """Asks for the slices unless they were asked for, and waits until they are there.
+    """Asks for the slices unless they were asked for, and waits until they are there. A preempted request is SUSPENDED
+    and never comes back: another takes its place.
 
     The slices of one request know of each other: the machines carry MEGASCALE_COORDINATOR_ADDRESS, _NUM_SLICES and
     _SLICE_ID in their metadata, where JAX and libtpu read them. Slices that are created one by one do not.
@@ -59,9 +65,17 @@ def _create(job: Job, args: argparse.Namespace, where: tuple[str, ...]) -> list[
     until = (f'--valid-until-duration={args.valid_for}',) if args.valid_for else ()
     describe = (*GROUP, 'describe', job.name, *where)
     return [
-        Command(
+        Ensure(
+            f'the request {job.name}',
+            (*describe, '--format=value(state.state)'),
             (*GROUP, 'create', job.name, *where, *nodes, *tpu_vm.hardware(args, '--runtime-version'), *until),
-            unless=describe,
+            _delete(job, where),
+            DEAD,
+            PASSING,
         ),
-        Wait((*describe, '--format=value(state.state)'), ('ACTIVE',), HOPELESS),
+        Wait((*describe, '--format=value(state.state)'), ('ACTIVE',), DEAD + PASSING),
     ]
+
+
+def _delete(job: Job, where: tuple[str, ...]) -> tuple[str, ...]:
+    return (*GROUP, 'delete', job.name, *where, '--force', '--quiet')

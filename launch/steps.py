@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from launch.shell import join
+from launch.shell import join, quote
 from vora_jax.types import UserError
 
 
@@ -22,13 +22,11 @@ class File(NamedTuple):
 class Command(NamedTuple):
     """A program to run; a failure ends the launch.
 
-    unless: a question; the command is skipped if that program succeeds.
     output: file for its output, else the terminal.
     optional: its failure is told and passed over.
     """
 
     argv: tuple[str, ...]
-    unless: tuple[str, ...] = ()
     output: pathlib.PurePath | None = None
     optional: bool = False
 
@@ -42,6 +40,29 @@ class Wait(NamedTuple):
     every_seconds: int = 30
 
 
+class Ensure(NamedTuple):
+    """Something that is to be there once, whatever its state.
+
+    what: it, in a sentence.
+    ask: a question; it fails if nothing is there, else prints words, the state among them.
+    create, delete: make it; remove what is in one of the states `dead`.
+    dead: states that it never leaves.
+    passing: states that it leaves by itself: asked again every `every_seconds`.
+    stuck: states that only the user can decide about.
+    same: a text that the answer holds if what is there is what `create` makes; '' if it always is.
+    """
+
+    what: str
+    ask: tuple[str, ...]
+    create: tuple[str, ...]
+    delete: tuple[str, ...]
+    dead: tuple[str, ...]
+    passing: tuple[str, ...] = ()
+    stuck: tuple[str, ...] = ()
+    same: str = ''
+    every_seconds: int = 30
+
+
 class Here(NamedTuple):
     """Work of this program itself. text: what `--dry-run` prints for it; run() -> exit code."""
 
@@ -49,7 +70,7 @@ class Here(NamedTuple):
     run: Callable[[], int]
 
 
-Step = File | Command | Wait | Here
+Step = File | Command | Wait | Ensure | Here
 
 
 def show(steps: Sequence[Step]) -> str:
@@ -62,17 +83,35 @@ def _show(step: Step) -> str:
         return f'# ---- file {step.path}\n{step.text.rstrip()}\n# ---- end of {step.path}'
     if isinstance(step, Here):
         return step.text
+    if isinstance(step, Ensure):
+        return _show_ensure(step)
     if isinstance(step, Wait):
         return (
             f'# asks every {step.every_seconds} s until it prints {" or ".join(step.wanted)} '
             f'(gives up at {", ".join(step.hopeless)}):\n{join(step.argv)}'
         )
     line = join(step.argv) + (f' >{join([str(step.output)])}' if step.output else '')
-    return (
-        f'{join(step.unless)} >/dev/null 2>&1 || {line}'
-        if step.unless
-        else line + (' || true' if step.optional else '')
-    )
+    return line + (' || true' if step.optional else '')
+
+
+def _show_ensure(step: Ensure) -> str:
+    create = join(step.create)
+    cases = [
+        (('none',), create),
+        (step.dead, f'{join(step.delete)} && {create}'),
+        (step.passing, f'sleep {step.every_seconds}; continue'),
+        (step.stuck, 'echo "$state" >&2; false'),
+    ]
+    # Whole words: `StartupPolicyCompleted` is not `Completed`.
+    lines = [
+        f'    {" | ".join("*" + quote(f" {word} ") + "*" for word in words)}) {command} ;;'
+        for words, command in cases
+        if words
+    ]
+    if step.same:
+        lines += [f'    *{quote(step.same)}*) ;;', '    *) echo "another command runs there" >&2; false ;;']
+    ask = f'    state=$({join(step.ask)}) || state=none'
+    return '\n'.join(['while :; do', ask, '    case " $state " in', *lines, '    esac', '    break', 'done'])
 
 
 def run(steps: Sequence[Step], again: str) -> int:
@@ -93,7 +132,7 @@ def run(steps: Sequence[Step], again: str) -> int:
                 f'{error.filename} is not installed here; install it, or use another kind (--dry-run needs none).'
             ) from None
         if code:
-            name = 'the run' if isinstance(step, Here) else join(step.argv)[:300]
+            name = 'the run' if isinstance(step, Here) else join(_argv(step))[:300]
             end = 'it was stopped, and the same command goes on.' if code in (130, 143) else again
             print(f'launch: exit code {code} from {name}; {end}', file=sys.stderr)
             return code
@@ -108,15 +147,11 @@ def _run(step: Step) -> int:
         return 0
     if isinstance(step, Here):
         return step.run()
-    print(f'launch: {join(step.argv)[:300]}', file=sys.stderr)
+    print(f'launch: {join(_argv(step))[:300]}', file=sys.stderr)
     if isinstance(step, Wait):
         return _wait(step)
-    if (
-        step.unless
-        and subprocess.run(step.unless, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0
-    ):
-        print('launch: it is there already', file=sys.stderr)
-        return 0
+    if isinstance(step, Ensure):
+        return _ensure(step)
     if step.output is None:
         code = subprocess.run(step.argv).returncode
     else:
@@ -124,6 +159,37 @@ def _run(step: Step) -> int:
         with open(step.output, 'wb') as file:
             code = subprocess.run(step.argv, stdout=file).returncode
     return 0 if step.optional else code
+
+
+def _argv(step: Command | Wait | Ensure) -> tuple[str, ...]:
+    return step.create if isinstance(step, Ensure) else step.argv
+
+
+def _ensure(step: Ensure) -> int:
+    """0, or the exit code of the command that failed. UserError for what the user has to decide."""
+    told = ''
+    while True:
+        answer = subprocess.run(step.ask, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        if answer.returncode:  # nothing there; what else it may be, `create` will say
+            return subprocess.run(step.create).returncode
+        states = answer.stdout.split()
+        dead, passing, stuck = (
+            next((state for state in states if state in kind), '') for kind in (step.dead, step.passing, step.stuck)
+        )
+        if dead:
+            print(f'launch: {step.what} is {dead}: it is deleted and created again', file=sys.stderr)
+            return subprocess.run(step.delete).returncode or subprocess.run(step.create).returncode
+        if stuck:
+            raise UserError(f'{step.what} is {stuck}, which only you can decide about; start it again, or `delete` it.')
+        if not passing:
+            if step.same not in answer.stdout:
+                raise UserError(f'{step.what} runs another command; `delete` it first, or use another --name.')
+            print(f'launch: {step.what} is there already', file=sys.stderr)
+            return 0
+        if passing != told:
+            print(f'launch: {step.what} is {passing}; waits', file=sys.stderr)
+            told = passing
+        time.sleep(step.every_seconds)
 
 
 def _wait(step: Wait) -> int:

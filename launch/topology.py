@@ -28,6 +28,8 @@ GENERATIONS = {
     'v6e': Generation('v6e', 1, 'v2-alpha-tpuv6e', 'tpu-v6e-slice'),
 }
 _FLAT = ('v5e', 'v6e')  # two-dimensional; their slices of 8 chips are one host
+_FLAT_SHAPES = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
+_MOST_CHIPS = {'v4': 4096, 'v5p': 6144}
 
 
 class Slice(NamedTuple):
@@ -76,7 +78,23 @@ def parse(text: str) -> Slice:
     axes = 2 if kind in _FLAT else 3
     if len(shape) != axes or 0 in shape or (math.prod(shape) > 4 and math.prod(shape) % 4):
         raise UserError(f'--topology {text!r}: a {kind} has {axes} axes, and 1, 2, 4 or a multiple of 4 chips.')
+    if not _exists(kind, shape):
+        which = (
+            ', '.join('x'.join(map(str, one)) for one in _FLAT_SHAPES)
+            if axes == 2
+            else f'2x2x1 to 4x4x4 by powers of two, then multiples of 4, {_MOST_CHIPS[kind]} chips at most'
+        )
+        raise UserError(f'--topology {text!r}: there is no such slice of {kind}; there are {which}.')
     return Slice(kind, shape)
+
+
+def _exists(kind: str, shape: tuple[int, ...]) -> bool:
+    if kind in _FLAT:
+        return shape in _FLAT_SHAPES
+    chips = math.prod(shape)
+    if chips <= 64:
+        return all(axis in (1, 2, 4, 8, 16) for axis in shape)
+    return chips <= _MOST_CHIPS[kind] and all(axis % 4 == 0 for axis in shape)
 
 
 def _usual(chips: int, axes: int) -> tuple[int, ...]:

@@ -4,7 +4,7 @@ import argparse
 
 from launch import topology, worker
 from launch.job import Job
-from launch.steps import Command, File, Step
+from launch.steps import Command, Ensure, File, Step
 from vora_jax.types import UserError
 
 HELP = 'One Cloud TPU slice, created with gcloud, or one that is there.'
@@ -12,7 +12,10 @@ ACTIONS = ('create', 'run', 'logs', 'stop', 'delete')
 CODE = 'checkout'
 ACCELERATOR = 'tpu'
 WORKDIR_ANYWHERE = False
+SENDS_COMMIT = True
 GROUP = ('gcloud', 'compute', 'tpus', 'tpu-vm')
+DEAD = ('PREEMPTED', 'TERMINATED')
+PASSING = ('CREATING', 'STARTING', 'RESTARTING', 'REIMAGING', 'REPAIRING', 'STOPPING', 'DELETING')
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,12 +34,14 @@ def steps(job: Job, args: argparse.Namespace, action: str) -> list[Step]:
     """The steps of an action."""
     if action == 'create' and not args.topology:
         raise UserError('create needs --topology, for example v5e:4x4.')
+    if action == 'logs' and not args.topology:
+        raise UserError('logs needs --topology, as in the command that created it: each host is asked for its log.')
     where, everyone = location(args), ('--worker=all',)
     create = [create_slice(job, args)] if args.topology else []
     return {
         'create': lambda: create,
         'run': lambda: [*create, *start(job, GROUP, (*where, *everyone))],
-        'logs': lambda: [fetch_logs(job, GROUP, (*where, *everyone))],
+        'logs': lambda: fetch_logs(job, GROUP, where, [()], topology.parse(args.topology).hosts),
         'stop': lambda: [stop(job, GROUP, (*where, *everyone))],
         'delete': lambda: [Command((*GROUP, 'delete', job.name, *where, '--quiet'))],
     }[action]()
@@ -58,17 +63,25 @@ def hardware(args: argparse.Namespace, runtime_flag: str) -> tuple[str, ...]:
     )
 
 
-def create_slice(job: Job, args: argparse.Namespace) -> Command:
-    """Creates the slice unless it is there."""
+def create_slice(job: Job, args: argparse.Namespace) -> Ensure:
+    """Creates the slice unless it is there. One that was preempted is still described, but never comes back."""
     where = location(args)
-    return Command(
+    return Ensure(
+        f'the slice {job.name}',
+        (*GROUP, 'describe', job.name, *where, '--format=value(state)'),
         (*GROUP, 'create', job.name, *where, *hardware(args, '--version')),
-        unless=(*GROUP, 'describe', job.name, *where),
+        (*GROUP, 'delete', job.name, *where, '--quiet'),
+        DEAD,
+        PASSING,
+        ('STOPPED',),
     )
 
 
 def start(job: Job, group: tuple[str, ...], hosts: tuple[str, ...]) -> list[Step]:
-    """Copies code and scripts to all hosts, and starts the worker there, detached from this machine.
+    """Copies code and scripts to all hosts, starts the worker there, detached from this machine, and follows.
+
+    Started everywhere before any is followed: gcloud sends commands to at most 64 hosts of a queued resource at once,
+    and waits for these before it sends them to the next ones (--batch-size=all means 64 too).
 
     Args:
         job: Job
@@ -79,7 +92,11 @@ def start(job: Job, group: tuple[str, ...], hosts: tuple[str, ...]) -> list[Step
     folder = f'"$HOME"/{job.name}'
     status = f"trap 'echo $? >{folder}/status' EXIT"  # for start.sh, which watches
     text = worker.script(job, [status], job.max_restarts, worker.install_lines(job, source, folder))
-    files = [File(job.folder / 'worker.sh', text), File(job.folder / 'start.sh', _START.replace('NAME', job.name))]
+    files = [
+        File(job.folder / 'worker.sh', text),
+        File(job.folder / 'start.sh', _START.replace('NAME', job.name)),
+        File(job.folder / 'follow.sh', _FOLLOW.replace('NAME', job.name)),
+    ]
     pack = (
         [Command(('git', 'archive', '--format=tar.gz', f'--output={job.folder / "code.tar.gz"}', 'HEAD'))]
         if source == 'tar'
@@ -92,12 +109,12 @@ def start(job: Job, group: tuple[str, ...], hosts: tuple[str, ...]) -> list[Step
         Command((*group, 'ssh', job.name, *hosts, f'--command=mkdir -p {job.name}')),
         Command((*group, 'scp', *sent, f'{job.name}:{job.name}/', *hosts)),
         Command((*group, 'ssh', job.name, *hosts, f'--command=bash {job.name}/start.sh')),
+        Command((*group, 'ssh', job.name, *hosts, f'--command=bash {job.name}/follow.sh')),
     ]
 
 
-# It only follows the worker: when the connection breaks, training goes on, and the same command follows again.
 _START = """#!/usr/bin/env bash
-# Starts worker.sh, unless it runs, and prints its log until it ends; with its exit code.
+# Starts worker.sh in a session of its own, unless it runs.
 set -euo pipefail
 {
 cd "$HOME/NAME"
@@ -110,24 +127,46 @@ else
     setsid nohup bash running.sh >>log 2>&1 </dev/null &
     echo "$!" >pid
 fi
+}
+"""
+
+# When the connection breaks, training goes on, and the same command follows again.
+_FOLLOW = """#!/usr/bin/env bash
+# Prints the log of worker.sh until it ends; with its exit code.
+set -euo pipefail
+{
+cd "$HOME/NAME"
 tail --pid="$(cat pid)" --lines=100 --follow=name log
 exit "$(cat status 2>/dev/null || echo 1)"
 }
 """
 
 
-def fetch_logs(job: Job, group: tuple[str, ...], hosts: tuple[str, ...]) -> Command:
-    """Writes the log of each host to a file of its own."""
-    return Command(
-        (
-            *group,
-            'ssh',
-            job.name,
-            *hosts,
-            f'--command=cat {job.name}/log',
-            f'--output-directory={job.folder / "logs"}',
-        )
-    )
+def fetch_logs(
+    job: Job, group: tuple[str, ...], where: tuple[str, ...], nodes: list[tuple[str, ...]], hosts: int
+) -> list[Step]:
+    """Writes the log of each host to a file of its own, by what ssh prints (gcloud's --output-directory loses its path).
+
+    Args:
+        job: Job
+        group: gcloud's words before `ssh`.
+        where: gcloud's flags for where.
+        nodes: gcloud's flags for each slice.
+        hosts: of each slice.
+    """
+    logs = job.folder / 'logs'
+    return [
+        Command(('mkdir', '-p', str(logs))),
+        *(
+            Command(
+                (*group, 'ssh', job.name, *where, *node, f'--worker={host}', f'--command=cat {job.name}/log'),
+                output=logs / (f'{number}-{host}.log' if len(nodes) > 1 else f'{host}.log'),
+                optional=True,
+            )
+            for number, node in enumerate(nodes)
+            for host in range(hosts)
+        ),
+    ]
 
 
 def stop(job: Job, group: tuple[str, ...], hosts: tuple[str, ...]) -> Command:

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from launch.job import Job
 from launch.shell import join, quote
 
-# The trainer's exit codes: 0 complete, or saved after SIGTERM; 2 a user's mistake; 130 Ctrl-C; anything else a crash.
+# The trainer's exit codes: 0 complete, or saved after SIGTERM; 2 a user's mistake; 130 Ctrl-C; 75 trouble that may pass;
+# 1 a bug; 134, 137, 139 ended by a signal. The last three kinds are tried again.
 # This script's: 0 complete, 1 crash, 2 mistake, 130 Ctrl-C, 143 told to stop. A scheduler that stopped a run must not
 # take it for complete, so 0 becomes 143 if this host was told to stop.
 _RUN = """
@@ -13,10 +14,22 @@ child='' told=''
 tell() { told=$1; [[ -z $child ]] || kill -TERM "$child" 2>/dev/null || true; }
 trap 'tell 143' TERM
 trap 'tell 130' INT
+# The newest finished step in the workdir, -1 if none is seen.
+saved() {
+    local found
+    case $workdir in
+        gs://*) found=$(timeout 60 gcloud storage ls "$workdir/steps/*/SHA256.json" 2>/dev/null) || true ;;
+        *) found=$(ls -d "$workdir"/steps/*/SHA256.json 2>/dev/null) || true ;;
+    esac
+    found=$(grep -o '[0-9]*/SHA256.json' <<<"$found" | sort -n | tail -n 1) || true
+    echo "${found:--1/}" | cut -d / -f 1
+}
 # Runs the command until it is complete, was told to stop, made a mistake, or has crashed too often.
 keep_running() {
-    local restarts=$1 attempt=0 code started pause
+    local restarts=$1 attempt=0 code started pause newest now
     shift
+    newest=-1
+    ((restarts == 0)) || newest=$(saved)
     while true; do
         [[ -z $told ]] || exit "$told"
         started=$SECONDS code=0
@@ -30,8 +43,10 @@ keep_running() {
         [[ $code != 2 ]] || exit 2
         [[ -z $told ]] || exit "$told"
         case $code in 0 | 130) exit "$code" ;; esac
-        # Who worked for an hour crashed for another reason.
-        ((SECONDS - started < 3600)) || attempt=0
+        ((restarts > 0)) || exit 1
+        # Who got further crashed for another reason. Time is no sign of it: a hang takes long to be noticed.
+        now=$(saved)
+        ((now <= newest)) || attempt=0 newest=$now
         ((attempt < restarts)) || exit 1
         attempt=$((attempt + 1))
         pause=$((30 << (attempt < 6 ? attempt - 1 : 5)))
@@ -95,6 +110,7 @@ def script(job: Job, prelude: Sequence[str] = (), restarts: int = 0, install: Se
         *[f'export {name}={quote(value)}' for name, value in job.environment],
         *prelude,
         SAY,
+        f'workdir={quote(job.workdir)}',
         *_RUN.splitlines(),
         *install,
         '',

@@ -2,6 +2,7 @@
 
 import argparse
 import base64
+import hashlib
 
 from launch import jobset, topology, worker
 from launch.job import Job
@@ -9,7 +10,7 @@ from launch.steps import Command, File, Step
 from vora_jax.types import UserError
 
 HELP = 'Cloud TPU slices on a GKE cluster, both through xpk.'
-ACTIONS = ('create', 'run', 'logs', 'stop', 'delete')
+ACTIONS = ('create', 'run', 'logs', 'delete', 'delete-cluster')
 CODE, ACCELERATOR, WORKDIR_ANYWHERE = jobset.CODE, jobset.ACCELERATOR, jobset.WORKDIR_ANYWHERE
 
 
@@ -37,16 +38,23 @@ def steps(job: Job, args: argparse.Namespace, action: str) -> list[Step]:
             [f'--reservation={args.reservation}'] if args.reservation else ['--spot' if args.spot else '--on-demand']
         )
         return [Command(('xpk', 'cluster', 'create', *where, *size, *capacity))]
-    if action == 'logs':
-        return jobset.log_commands(job, ('kubectl',), args.slices, tpus.hosts)
-    if action == 'stop':
-        return [Command(('xpk', 'workload', 'delete', f'--workload={job.name}', *where))]
-    if action == 'delete':
+    if action == 'delete-cluster':
         return [Command(('xpk', 'cluster', 'delete', *where))]
-    text = worker.script(job, (), 0, jobset.container_install(job, args.image))
+    delete = ('xpk', 'workload', 'delete', f'--workload={job.name}', *where)
+    if action == 'delete':
+        return [Command(delete)]
+    enter = Command(('xpk', 'workload', 'list', *where, f'--filter-by-job={job.name}'))  # kubectl then asks that cluster
+    if action == 'logs':
+        return [enter, *jobset.log_commands(job, ('kubectl',), args.slices, tpus.hosts)]
+    text = worker.script(job, [_NO_CTRL_C], 0, jobset.container_install(job, args.image))
     return [
         File(job.folder / 'worker.sh', text),
-        Command(
+        enter,
+        jobset.ensure(
+            job,
+            ('kubectl',),
+            '{.spec.replicatedJobs[*].template.spec.template.spec.containers[*].command}',
+            _path(job, text),
             (
                 'xpk',
                 'workload',
@@ -59,9 +67,19 @@ def steps(job: Job, args: argparse.Namespace, action: str) -> list[Step]:
                 '--restart-on-exit-codes=1',  # beside its own 42 and 127 to 255; our 2 is a mistake
                 f'--termination-grace-period-seconds={job.grace_seconds}',
                 f'--command={in_one_line(job, text)}',
-            )
+            ),
+            delete,
         ),
     ]
+
+
+# xpk tries 130 again, whatever it is told; 2 it does not.
+_NO_CTRL_C = "trap '[[ $? != 130 ]] || exit 2' EXIT"
+
+
+def _path(job: Job, text: str) -> str:
+    """Of the script in the container: another script has another."""
+    return f'/tmp/{job.name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.sh'
 
 
 def in_one_line(job: Job, text: str) -> str:
@@ -69,5 +87,5 @@ def in_one_line(job: Job, text: str) -> str:
 
     `exec`, as xpk sends SIGTERM to the first process of the command.
     """
-    path = f'/tmp/{job.name}.sh'
+    path = _path(job, text)
     return f'echo {base64.b64encode(text.encode()).decode()} | base64 --decode >{path} && exec bash {path}'

@@ -12,12 +12,15 @@ import numpy as np
 
 from vora_jax.training.checkpoints import checkpoint, workdir
 
+MAIN = 'import sys\nfrom vora_jax.cli.main import main\nsys.exit(main())'
+
 
 class LocalPod:
     """`vora train` in several processes. What each tells is in its file of `folder`."""
 
-    def __init__(self, folder: pathlib.Path, arguments: list[list[str]], devices: int):
-        """Starts a process for each list of arguments, together with `devices` devices."""
+    def __init__(self, folder: pathlib.Path, arguments: list[list[str]], devices: int, before: str = ''):
+        """Starts a process for each list of arguments, together with `devices` devices; `before` is Python for each of
+        them to run before, with its `number`."""
         count = len(arguments)
         with socket.socket() as free:
             free.bind(('127.0.0.1', 0))
@@ -31,7 +34,7 @@ class LocalPod:
             self._files.append(folder / f'told-{time.monotonic_ns()}')
             with open(self._files[-1], 'w') as file:
                 self.processes.append(subprocess.Popen(
-                    [sys.executable, '-m', 'vora_jax.cli.main', 'train', *words, *where],
+                    [sys.executable, '-c', f'number = {number}\n{before}\n{MAIN}', 'train', *words, *where],
                     stdout=file, stderr=subprocess.STDOUT, env=environment))
 
     def __enter__(self) -> 'LocalPod':

@@ -1,9 +1,13 @@
 """What happens to processes: preemption, death, mistakes, standstill. Two processes share the devices of a mesh."""
 
+import json
 import pathlib
 import re
 import shutil
 import signal
+import socket
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -11,8 +15,10 @@ import pytest
 import tiny_run
 from local_pod import LocalPod, last_arrays
 
+from vora_jax.cli.processes import _verdict
 from vora_jax.training.checkpoints import workdir
 from vora_jax.training.checkpoints.checksum import SIDECAR
+from vora_jax.types import TryAgain, UserError
 
 EVERY, MORE = 2, 6  # steps between checkpoints; steps from the one where a run was stopped to its end
 
@@ -24,10 +30,10 @@ def gin_file(tmp_path_factory):
     return tiny_run.write_text_run(tmp_path_factory.mktemp('run'), **settings)
 
 
-def run(tmp_path, gin_file, folder, processes, devices, *more, own=()):
-    """A pod that trains into `folder`; `own` is for the last process only."""
+def run(tmp_path, gin_file, folder, processes, devices, *more, own=(), before=''):
+    """A pod that trains into `folder`; `own` is for the last process only, `before` as `LocalPod` has it."""
     words = [str(gin_file), '--workdir', str(folder), *more]
-    return LocalPod(tmp_path, [words] * (processes - 1) + [[*words, *own]], devices)
+    return LocalPod(tmp_path, [words] * (processes - 1) + [[*words, *own]], devices, before)
 
 
 def preempted(tmp_path, gin_file, devices, *more) -> tuple[pathlib.Path, int]:
@@ -40,7 +46,8 @@ def preempted(tmp_path, gin_file, devices, *more) -> tuple[pathlib.Path, int]:
         first, second = pod.told()
     step = workdir.latest_step(folder)
     assert f'stopped by SIGTERM: step {step} of 100000 is saved; run the same command to resume.' in first
-    assert 'vora: ' not in second and 'Gloo' not in first + second  # only the first process talks
+    # Only the first process talks, once they have met.
+    assert second.count('vora: ') == second.count('vora: waiting for all 2 processes') and 'Gloo' not in first + second
     return folder, step
 
 
@@ -62,6 +69,70 @@ def test_two_processes_stop_at_one_step_and_end_like_one_that_never_stopped(gin_
     folder, step = preempted(tmp_path, gin_file, 2)
     resumed = ended_at(tmp_path, gin_file, folder, 2, 2, step + MORE)
     assert_same_bits(resumed, ended_at(tmp_path, gin_file, tmp_path / 'whole', 1, 2, step + MORE))
+
+
+def test_a_process_that_waits_in_vain_says_so_and_may_be_started_again():
+    """Before JAX aborts it, with a C++ stack and the code 134."""
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))  # and does not listen
+        address = f'127.0.0.1:{free.getsockname()[1]}'
+        body = ('import logging; from vora_jax.cli import cluster, processes; logging.basicConfig(level="INFO")\n'
+                'processes.JOIN_SECONDS = 1\n'
+                f'with processes.join_processes(cluster.Place("given", {address!r}, 2, 1)): pass')
+        done = subprocess.run([sys.executable, '-c', body], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 75, done.stderr
+    assert f'waiting for all 2 processes at {address}, up to 1 s' in done.stderr
+    assert f'vora: all 2 processes of the run did not meet at {address} within 1 s; see' in done.stderr
+    assert 'stack trace' not in done.stderr
+
+
+def test_what_ends_a_run_has_its_exit_code():
+    assert _verdict(UserError('a.')) == (2, 'a.')
+    assert _verdict(TryAgain('b.')) == (75, 'b.')
+    assert _verdict(KeyboardInterrupt()) == (130, 'interrupted.')
+    assert _verdict(OSError('c\nd')) == (1, 'OSError: c')
+
+
+@pytest.mark.slow
+def test_the_others_wait_for_what_the_first_has_to_do_at_the_end(gin_file, tmp_path):
+    """For longer than JAX waits for its farewell: uploads, say."""
+    before = ('import time\nfrom vora_jax.cli import processes\nfrom vora_jax.training import loop\n'
+              'processes.SHUTDOWN_SECONDS, real = 3, loop.write_summary\n'
+              'loop.write_summary = lambda *args: (time.sleep(12), real(*args))')
+    folder = tmp_path / 'w'
+    with run(tmp_path, gin_file, folder, 2, 2, '--gin.Train.steps=2', before=before) as pod:
+        assert pod.codes() == [0, 0], pod.told()
+    assert json.loads((folder / 'summary.json').read_text())['steps'] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('processes', [1, 2])
+def test_a_reader_that_hangs_does_not_keep_a_complete_run(gin_file, tmp_path, processes):
+    before = ('import threading\nfrom vora_jax.data.rows import Rows\nfrom vora_jax.training import prefetch\n'
+              'prefetch.CLOSE_SECONDS, real, left = 1, Rows.batch, iter(range(2))\n'
+              'def batch(*args):\n'
+              '    if next(left, None) is None: threading.Event().wait()  # as a dead mount\n'
+              '    return real(*args)\n'
+              'Rows.batch = batch')
+    with run(tmp_path, gin_file, tmp_path / 'w', processes, 2, '--gin.Train.steps=1', before=before) as pod:
+        assert pod.codes(60) == [0] * processes, pod.told()
+        assert 'left behind' in pod.told()[0]
+    assert json.loads((tmp_path / 'w' / 'summary.json').read_text())['steps'] == 1
+
+
+@pytest.mark.slow
+def test_a_process_may_be_slow_to_open_its_data(gin_file, tmp_path):
+    """For longer than CPU collectives wait for their peers: what is computed together comes after the processes have met."""
+    settings = {'Train.frozen_dtype': "'bfloat16'", 'PatchEmbed.patch_size': 4, 'PatchEmbed.width': 8, 'Vit.num_layers': 1,
+                'Vit.num_heads': 2, 'Vit.mlp_width': 8, 'vora.rank': 2, 'vora.targets': ('q_proj',),
+                'vora.num_adapted_layers': 1, 'Data.max_patches': 4, 'Train.steps': 2}
+    vora = tmp_path / 'vora.gin'
+    vora.write_text(gin_file.read_text().replace('@language_model()', '@vora()').replace('Train.steps', '# ')
+                    + ''.join(f'{name} = {value}\n' for name, value in settings.items()))
+    before = ('import time\nfrom vora_jax.training import loop\nreal = loop.open_data\n'
+              'loop.open_data = lambda *args: (time.sleep(40 * number), real(*args))[1]')
+    with run(tmp_path, vora, tmp_path / 'w', 2, 2, before=before) as pod:
+        assert pod.codes() == [0, 0], pod.told()
 
 
 @pytest.mark.slow

@@ -34,7 +34,7 @@ KINDS = {
     'xpk': ['--cluster=c', '--project=p', '--zone=z', '--topology=v5e:4x4', '--image=i'],
     'jobset': ['--topology=v6e:8x8', '--slices=2', '--image=i'],
     'skypilot': ['--gpus=H100:8', '--nodes=2'],
-    'slurm': ['--nodes=2', '--gpus=2'],
+    'slurm': ['--nodes=2', '--gpus=2', '--cpus-per-task=3'],
 }
 
 # Prints its arguments, and the processes that it was told of; `--version` apart.

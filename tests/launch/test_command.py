@@ -1,9 +1,12 @@
 """The command line: mistakes in one sentence, dry runs that run nothing, names and flags that are checked."""
 
 import importlib.util
+import os
+import pathlib
 import random
 import re
 import shlex
+import subprocess
 
 import pytest
 import yaml
@@ -12,6 +15,7 @@ from fake_hosts import KINDS, planned
 from launch import __main__ as command
 from launch import flags, topology, yaml_text
 from launch.job import Job
+from launch.steps import run
 from vora_jax.types import UserError
 
 TRAIN = ['--', 'train', 'configs/quickstart/lm.gin', '--workdir', 'gs://b/r']
@@ -36,7 +40,26 @@ def test_a_dry_run_prints_all_and_runs_nothing(kind, capsys, tmp_path, monkeypat
     (['tpu-vm', '--name=a-', '--zone=z', *TRAIN], 'would be refused'),
     (['tpu-vm', '--name=a', '--zone=z'], 'what to run goes after --'),
     (['tpu-vm', '--name=a', '--zone=z', '--', 'trian', 'x'], 'a verb of vora first (prepare, train'),
-    (['tpu-vm', '--name=a', '--zone=z', '--', 'train', 'no.gin'], "no file 'no.gin' in this folder"),
+    (['tpu-vm', '--name=a', '--zone=z', '--', 'train', 'no.gin', '--workdir=/w'], "no file 'no.gin' in this folder"),
+    (['tpu-vm', '--name=a', '--zone=z', *TRAIN, '--gin_file', 'no.gin'], "no file 'no.gin' in this folder"),
+    (['tpu-vm', '--name=a', '--zone=z', *TRAIN, '--gin_file=no.gin'], "no file 'no.gin' in this folder"),
+    (['local', '--name=a', *TRAIN[:-2]], 'train needs --workdir'),
+    (['local', '--name=a', '--', 'train', '--workdir=w'], 'train needs a configuration'),
+    (['local', '--name=a', '--', 'train', '--gin_file', 'x.gin', '--workdir=w'], 'train needs a configuration'),
+    (['local', '--name=a', *TRAIN[1:]], "-- is missing in front of 'train'"),
+    (['tpu-vm', 'run', '--zone', 'z', '--name=a', '--dry-run', 'train'], "-- is missing in front of 'train'"),
+    (['tpu-vm', 'logs', '--name=a', '--zone=z'], 'logs needs --topology'),
+    (['queued-resource', 'logs', '--name=a', '--zone=z'], 'logs needs --topology'),
+    (['tpu-vm', '--name=a', '--zone=z', '--topology=v5e:3x4', *TRAIN], 'there is no such slice of v5e'),
+    (['jobset', '--name=a', '--topology=v5e:32x32', *TRAIN], 'there is no such slice of v5e'),
+    (['jobset', '--name=a', '--topology=v5p:4x4x5', *TRAIN], 'there is no such slice of v5p'),
+    (['jobset', '--name=a', '--topology=v5p:32x32x32', *TRAIN], 'there is no such slice of v5p'),
+    (['slurm', '--name=a', '--nodes=2', '--cpus-per-task=0', *TRAIN], '--cpus-per-task must be 1 or more'),
+    (['local', '--name=a', '--env=HF_TOKEN=x', *TRAIN], 'looks like a secret'),
+    (['local', '--name=a', '--env=DB_PASSWORD=x', *TRAIN], 'looks like a secret'),
+    (['tpu-vm', '--name=a', '--zone=z', '--code=git+https://gh-s3cret@h/r', *TRAIN], '--code: the URL names a user'),
+    (['tpu-vm', '--name=a', '--zone=z', '--code=git+https://me:gh-s3cret@h/r@v1', *TRAIN], 'names a user or a token'),
+    (['tpu-vm', '--name=a', '--zone=z', '--code=https://me:gh-s3cret@h/r@v1', *TRAIN], 'names a user or a token'),
     (['tpu-vm', '--name=a', '--zone=z', *TRAIN[:-1], 'runs/x'], "--workdir 'runs/x' would be a folder of each host alone"),
     (['tpu-vm', '--name=a', '--zone=z', *TRAIN[:-2], '--workdir=runs/x'], 'would be a folder of each host alone'),
     (['tpu-vm', 'create', '--name=a', '--zone=z'], 'create needs --topology'),
@@ -62,6 +85,7 @@ def test_a_mistake_is_told_in_one_sentence(words, sentence, capsys):
     assert command.main(words) == 2
     error = capsys.readouterr().err
     assert sentence in error and error.count('\n') == 1 and error.startswith('launch: ')
+    assert 's3cret' not in error
 
 
 def test_a_missing_program_is_told(capsys, monkeypatch, tmp_path):
@@ -103,14 +127,67 @@ def test_a_user_mistake_ends_a_jobset_and_a_crash_does_not():
     job = spec['replicatedJobs'][0]['template']['spec']
     assert spec['failurePolicy']['maxRestarts'] == 7
     assert spec['failurePolicy']['rules'][0]['onJobFailureReasons'] == ['PodFailurePolicy']
-    assert job['podFailurePolicy']['rules'][0]['onExitCodes']['values'] == [2]
+    assert job['podFailurePolicy']['rules'][0]['onExitCodes']['values'] == [2, 130]
     assert job['backoffLimit'] == 0 and job['template']['spec']['restartPolicy'] == 'Never'  # what podFailurePolicy asks for
     assert job['template']['spec']['terminationGracePeriodSeconds'] == 99
 
 
 def test_logs_of_every_worker_have_a_file():
     steps = planned('jobset', action='logs')
-    assert len({step.output for step in steps}) == 2 * 16
+    assert len({step.output for step in steps if step.output}) == 2 * 16
+    assert steps[0].argv == ('mkdir', '-p', 'runs/launch/my-run/logs')
+
+
+@pytest.mark.parametrize('kind, hosts', [('tpu-vm', 16), ('queued-resource', 2 * 16)])
+def test_logs_of_every_host_have_a_file(kind, hosts, monkeypatch, tmp_path, capfd):
+    (tmp_path / 'gcloud').write_text('#!/bin/sh\nfor word; do case $word in --node=*|--worker=*) echo "$word";; esac; done\n'
+                                     '[ "$word" != --command=cat ]\n')
+    (tmp_path / 'gcloud').chmod(0o755)
+    monkeypatch.setenv('PATH', f'{tmp_path}:{os.environ["PATH"]}')
+    monkeypatch.chdir(tmp_path)
+    assert run(planned(kind, action='logs'), '') == 0
+    found = {path.name: path.read_text().split() for path in (tmp_path / 'runs/launch/my-run/logs').iterdir()}
+    assert len(found) == hosts
+    if kind == 'tpu-vm':
+        assert found['15.log'] == ['--worker=15']
+    else:
+        assert found['1-15.log'] == ['--node=1', '--worker=15']
+
+
+def test_words_that_are_no_secrets(capsys):
+    assert command.main(['local', '--name=a', '--env=TOKENIZERS_PARALLELISM=0', '--dry-run', *TRAIN]) == 0
+    assert 'TOKENIZERS_PARALLELISM=0' in capsys.readouterr().out
+    for way in ('git+ssh://git@h/r@v1', 'git+git@h:me/r.git@v1', 'git+https://h/r@v1'):
+        assert command.main(['tpu-vm', '--name=a', '--zone=z', f'--code={way}', '--dry-run', *TRAIN]) == 0
+    assert Job('a', code='git+git@h:me/r.git@v1').git == ('git@h:me/r.git', 'v1')
+
+
+def test_only_what_is_committed_is_sent(tmp_path, monkeypatch, capsys):
+    def git(*words):
+        subprocess.run(['git', '-c', 'user.name=a', '-c', 'user.email=a@b', *words], check=True, stdout=subprocess.DEVNULL)
+
+    def refused(*more):
+        words = ['train', 'c/a.gin', '--workdir=/w', *more]
+        assert command.main(['tpu-vm', '--name=a', '--zone=z', '--dry-run', '--', *words]) in (0, 2)
+        return capsys.readouterr().err
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'c').mkdir()
+    (tmp_path / 'c' / 'a.gin').write_text("include '../b.gin'\n")
+    (tmp_path / 'b.gin').write_text('A.b = 1\n')
+    (tmp_path / 'd.gin').write_text('A.b = 1\n')
+    assert 'git finds none here' in refused()
+    git('init', '-q')
+    git('add', 'c')
+    git('commit', '-q', '-m', 'a')
+    assert 'b.gin is not in the last commit' in refused()
+    git('add', 'b.gin')
+    git('commit', '-q', '-m', 'b')
+    assert refused() == ''
+    assert 'd.gin is not in the last commit' in refused('--gin_file', 'd.gin')
+    (tmp_path / 'b.gin').write_text('A.b = 2\n')
+    assert 'b.gin is not what the last commit has' in refused()
+    assert command.main(['slurm', '--name=a', '--nodes=1', '--dry-run', '--', 'train', 'c/a.gin', '--workdir=/w']) == 0
 
 
 def test_a_ref_of_git():
@@ -141,7 +218,7 @@ def test_yaml_is_read_back():
 
 def test_the_readme_is_of_this_version():
     """Every command line of launch/README.md is understood, and every kind and action is named."""
-    text = (command.pathlib.Path(command.__file__).parent / 'README.md').read_text()
+    text = (pathlib.Path(command.__file__).parent / 'README.md').read_text()
     lines = re.findall(r'^ {4}(python -m launch (?:.*\\\n)*.*)', text, re.M)
     seen = set()
     for line in lines:

@@ -11,11 +11,11 @@ from fake_hosts import KINDS
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-# Stands for `python -m vora_jax.cli.main train CODE_OF_0 CODE_OF_1`.
+# Stands for `python -m vora_jax.cli.main train CONFIG --workdir DIR CODE_OF_0 CODE_OF_1`.
 TRAINER = """#!/usr/bin/env -S python3 -S
 import os, signal, sys, time
 me = int(os.environ['JAX_PROCESS_ID'])
-what = sys.argv[4:][me]
+what = sys.argv[7:][me]
 print('process', me, what, flush=True)
 if what == 'wait':
     signal.signal(signal.SIGTERM, lambda *_: (print('saved', flush=True), sys.exit(0)))
@@ -37,7 +37,7 @@ def start(folder, *codes):
     (folder / 'trainer').write_text(TRAINER)
     (folder / 'trainer').chmod(0o755)
     launcher = [sys.executable, '-c', LAUNCHER, str(folder / 'trainer')]
-    argv = [*launcher, 'local', '--name=a', *KINDS['local'], '--', 'train', *codes]
+    argv = [*launcher, 'local', '--name=a', *KINDS['local'], '--', 'train', 'c.gin', '--workdir', 'w', *codes]
     return subprocess.Popen(argv, cwd=folder, env=os.environ | {'PYTHONPATH': ROOT}, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 

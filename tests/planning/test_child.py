@@ -1,5 +1,6 @@
 """Child processes that stand for the compiler."""
 import os
+import signal
 import sys
 import textwrap
 import time
@@ -68,3 +69,31 @@ def test_ctrl_c_takes_the_child_along(tmp_path):
                       'time.sleep(60)', progress=interrupt)
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / 'pid').read_text()), 0)
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGHUP])
+def test_being_ended_takes_the_child_along(number, tmp_path):
+    """The caller gets the code of its signal, and its handler back."""
+    before = signal.getsignal(number)
+
+    def end(seconds):
+        if (tmp_path / 'pid').exists() and (tmp_path / 'pid').read_text():
+            os.kill(os.getpid(), number)
+
+    with pytest.raises(SystemExit) as ended:
+        run(tmp_path, "import os, pathlib, sys, time; pathlib.Path(sys.argv[1], 'pid').write_text(str(os.getpid())); "
+                      'time.sleep(60)', progress=end)
+    assert ended.value.code == 128 + number and signal.getsignal(number) == before
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / 'pid').read_text()), 0)
+
+
+def test_xla_writes_into_a_folder_with_a_space(tmp_path):
+    """The child runs there; the user's own flags stay."""
+    folder = tmp_path / 'a b'
+    folder.mkdir()
+    flags = child.dump_flags('--xla_force_host_platform_device_count=3')
+    script = ("import jax\ndef step(x):\n    return x + 1\njax.config.update('jax_enable_compilation_cache', False)\n"
+              'jax.jit(step)(1.0)\nopen("result.json", "w").write(str(jax.device_count()))')
+    child.run([sys.executable, '-c', script], os.environ | {'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'}, folder, False, 60.0)
+    assert (folder / 'result.json').read_text() == '3' and list((folder / child.DUMP).glob('*jit_step*'))

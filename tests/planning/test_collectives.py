@@ -99,3 +99,20 @@ def test_an_instruction_with_brackets_everywhere():
     assert one.name == 'x.1' and one.opcode == 'fusion' and one.operands == ('a', 'b', 'c') and one.is_root and one.is_tuple
     assert one.shapes == (hlo.Shape('f32', (2, 3)), hlo.Shape('s32', ())) and one.called == ('called.5',)
     assert [shape.bytes for shape in one.shapes] == [24, 4] and not re.search('index=', ''.join(one.operands))
+
+
+@pytest.mark.parametrize('kind, types, operands, size', [
+    ('reduce-scatter', '((f32[16]), f32[4])', '%p', 16 * 4),
+    ('reduce-scatter', '((f32[16], f32[8]), (f32[4], f32[2]))', '%p, %q', 24 * 4),
+    ('all-to-all', '((f32[16]), f32[16], u32[])', '%p', 16 * 4),
+    ('all-gather', '(f32[4], f32[16])', '%p', 16 * 4),
+    ('all-reduce', 'f32[16]', '%p', 16 * 4),
+    ('all-reduce', '(f32[16], f32[8])', '%p, %q', 24 * 4),
+    ('collective-permute', '(f32[16], f32[16], u32[], u32[])', '%p', 16 * 4),
+])
+def test_of_what_is_started_the_results_count(kind, types, operands, size):
+    between = 'source_target_pairs={{0,1},{1,0}}' if kind == 'collective-permute' else 'replica_groups=[2,4]<=[8]'
+    text = ('ENTRY %main (p: f32[16]) -> f32[4] {\n  %p = f32[16]{0} parameter(0)\n  %q = f32[8]{0} parameter(1)\n'
+            f'  ROOT %r = {types} {kind}-start({operands}), {between}\n}}\n')
+    one, = collectives(text, tiny_hlo.MESH)
+    assert (one.kind, one.bytes, one.asynchronous) == (kind, size, True)

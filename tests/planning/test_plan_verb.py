@@ -1,12 +1,18 @@
 """`vora plan`, with the real compiler where it is installed."""
+import argparse
 import importlib.util
 import json
+import math
 import pathlib
+import re
 
 import pytest
 
+from vora_jax.cli import gin_config
+from vora_jax.cli import plan as plan_verb
 from vora_jax.cli.main import main
-from vora_jax.planning import topology
+from vora_jax.planning import topology, work
+from vora_jax.training.config import validate
 
 CONFIGS = pathlib.Path(__file__).parents[2] / 'configs'
 DEBUG = str(CONFIGS / 'vora' / 'debug.gin')
@@ -46,6 +52,34 @@ def test_a_debug_configuration_for_a_slice(capsys):
     check(found)
 
 
+@pytest.mark.parametrize('example', plan_verb.EXAMPLE.splitlines())
+def test_examples(example):
+    """Of `vora plan --help`: they parse, load, and their meshes fit devices, slices and rows."""
+    arguments, files, bindings = gin_config.split_arguments(example.split()[2:])
+    parser = argparse.ArgumentParser()
+    plan_verb.add_arguments(parser)
+    args = parser.parse_args(arguments)
+    config, _ = gin_config.load('Train', [str(CONFIGS.parent / args.config), *files], bindings)
+    validate(config)
+    found = topology.parse(args.topology, args.slices)
+    devices = work.num_devices(found)
+    sizes = [getattr(config.mesh, axis) for axis in ('data', 'fsdp', 'context', 'tensor')]
+    known = math.prod(size for size in sizes if size != -1)
+    data, fsdp, *others = [devices // known if size == -1 else size for size in sizes]
+    assert data * fsdp * math.prod(others) == devices and data % args.slices == 0
+    assert args.search or config.batch_rows // config.accumulation % (data * fsdp) == 0
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_quick_and_whole_tell_the_same_in_a_folder_with_a_space(tmp_path, capsys):
+    peaks = []
+    for arguments in (['--quick'], ['--keep', str(tmp_path / 'a b')]):
+        assert plan('--json', '-', *arguments) == 0
+        peaks.append(json.loads(capsys.readouterr().out)['peak_bytes'])
+    assert peaks[0] == peaks[1] > 0
+
+
 @needs_libtpu
 @pytest.mark.slow
 def test_the_whole_compilation_as_text_on_two_slices(tmp_path, capsys):
@@ -72,8 +106,9 @@ def test_what_does_not_fit_gets_advice(capsys):
     assert plan(*arguments) == 1
     out = capsys.readouterr().out
     assert 'does not fit: needs' in out and 'of 15.75 GiB' in out
-    assert 'cheapest change: ' in out or 'no single change' in out
-    assert '--gin.LanguageModel.remat=matmuls' in out and '--gin.Train.accumulation=2' in out and '--topology v5e:2x4' in out
+    assert ('cheapest change: ' in out) != ('no single change' in out)
+    told = [float(size) for size in re.findall(r'; about ([\d.]+) GiB\)', out)]
+    assert all(size <= 15.75 for size in told)
 
 
 @needs_libtpu
@@ -90,7 +125,10 @@ def test_a_search(tmp_path, capsys):
 @needs_libtpu
 @pytest.mark.parametrize('arguments, told', [
     (['--gin.Mesh.data=3'], 'does not fit 4 devices'),
-    (['--search', '--gin.Train.batch_rows=6'], 'divides over no mesh of the 4 devices of v5e:2x2'),
+    (['--search', '--gin.Train.batch_rows=6'], 'divides over no mesh of the 4 devices of v5e:2x2; choose a multiple of 4'),
+    (['--search', '--tensor', '0'], "--tensor '0' is not a list of sizes"),
+    (['--search', '--tensor', '3'], '--tensor 3: none of these sizes, times Mesh.context = 1, divides the 4 devices'),
+    (['--search', '--gin.Mesh.context=3'], 'Mesh.context = 3 does not divide the 4 devices'),
 ])
 def test_mistakes_that_the_devices_tell(arguments, told, capsys):
     assert plan(*arguments) == 2

@@ -97,7 +97,18 @@ allocation 5: size 4096, preallocated-temp:
  value: <8 copy.2 @0> (size=96,offset=512): bf16[2,3,4,2]{3,2,1,0:T(8,128)(2,1)}
  value: <9 copy.3 @0> (size=96,offset=1024): bf16[2,3,4,2]{3,0,2,1:T(8,128)(2,1)}
  value: <10 near.4 @1> (size=96,offset=0): bf16[2,3,4,2]{3,2,1,0:T(8,128)(2,1)S(1)}
+ value: <12 sum.5 @0> (size=96,offset=2048): bf16[2,3,4,2]{3,2,1,0:T(8,128)(2,1)}
  value: <11 tuple.1 @0> (size=8,offset=0): (bf16[2,3,4,2]{3,2,1,0}, bf16[2,3,4,2]{3,2,1,0})
+"""
+
+# Who made those: the teacher's blocks, and copies of what they made; sum.5 has the same dimensions by chance.
+MAKERS = """
+  %while.1 = (s32[], f32[16]{0}, bf16[2,3,4,2]{3,2,1,0}) while(%t), metadata={op_name="jit(step)/teacher/blocks/while"}
+  %taken = bf16[2,3,4,2]{3,2,1,0} get-tuple-element(%while.1), index=2
+  %copy.2 = bf16[2,3,4,2]{3,2,1,0} copy(bf16[2,3,4,2]{3,2,1,0} %taken)
+  %copy.3 = bf16[2,3,4,2]{3,0,2,1} copy(%copy.2)
+  %near.4 = bf16[2,3,4,2]{3,2,1,0:S(1)} copy(%copy.2)
+  %sum.5 = bf16[2,3,4,2]{3,2,1,0} add(%copy.2, %copy.2), metadata={op_name="jit(step)/decoder/add"}
 """
 
 LIVE = """HloLiveRange (max 50):
@@ -109,6 +120,7 @@ LIVE = """HloLiveRange (max 50):
     copy.2{}:9-12
     copy.3{}:11-20
     near.4{}:0-50
+    sum.5{}:0-50
   Live ranges at 12 (peak):
     copy.2{}: 96 bytes (cumulative: 96 bytes)
     while.1{1}: 64 bytes (cumulative: 160 bytes)

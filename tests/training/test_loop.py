@@ -13,7 +13,7 @@ from vora_jax.params import flatten
 from vora_jax.training import loop
 from vora_jax.training.checkpoints.checkpoint import open_checkpoint
 from vora_jax.training.checkpoints.checksum import SIDECAR
-from vora_jax.types import UserError
+from vora_jax.types import TryAgain, UserError
 
 
 @pytest.fixture(autouse=True)
@@ -168,6 +168,45 @@ def test_trouble_in_the_data_stops_after_saving(gin_file, tmp_path, monkeypatch)
     with pytest.raises(UserError, match='row 7 cannot be read; repair it. Step 4 is saved'):
         run(gin_file, tmp_path)
     assert open_checkpoint(tmp_path).metadata.data == {'global_next_index': 32}
+
+
+def test_processes_meet_before_they_compute_together(gin_file, tmp_path, monkeypatch):
+    """What takes unlike times comes before a meeting, what needs all processes after it."""
+    order = []
+
+    def noted(module, name):
+        real = getattr(module, name)
+
+        def call(*args):
+            order.append(args[0] if name == '_meet' else name)
+            return real(*args)
+
+        monkeypatch.setattr(module, name, call)
+
+    for name in ('open_mesh', 'watching', 'open_data', '_meet', 'build', 'write_summary'):
+        noted(loop, name)
+    noted(loop.init_from, 'take')
+    noted(loop.state_lib, 'create')
+    noted(loop.Writer, 'save_frozen')
+    noted(loop.guard.Streak, 'read')
+    assert run(gin_file, tmp_path, 'Train.steps=1')
+    assert order == ['open_mesh', 'watching', 'open_data', 'the data', 'build', 'take', 'the weights', 'create',
+                     'save_frozen', 'the compiled step', 'read', 'write_summary', 'the end']
+
+
+def test_who_does_not_come_may_be_tried_again(monkeypatch):
+    monkeypatch.setattr(loop.agree, 'collect', lambda *_: [])
+    monkeypatch.setattr(loop.agree, 'announce', lambda *_: (_ for _ in ()).throw(TimeoutError('process 0 told nothing')))
+    with pytest.raises(TryAgain, match='process 0 told nothing; run the same command'):
+        loop._meet('the data')
+
+
+def test_a_complete_run_is_not_judged_by_its_bad_samples(gin_file, tmp_path, monkeypatch, told):
+    monkeypatch.setattr(loop, '_too_many_bad', lambda record, *_: UserError(f'{record.step} bad.'))
+    assert run(gin_file, tmp_path, 'Train.steps=1', 'Train.log_every=1')
+    assert '1 bad.' in told.text and (tmp_path / 'summary.json').exists()
+    with pytest.raises(UserError, match='2 bad. Step 2 is saved'):
+        run(gin_file, tmp_path, 'Train.steps=3', 'Train.log_every=1')
 
 
 def test_too_many_bad_samples():

@@ -8,6 +8,7 @@ import sys
 import object_store
 import pytest
 import tiny_run
+from local_pod import LocalPod
 
 from vora_jax.training.checkpoints import storage, workdir
 from vora_jax.types import UserError
@@ -106,3 +107,50 @@ def test_a_run_is_made_and_resumed_there_like_a_local_one(store, tmp_path):
     plain = {'config.gin', 'summary.json', 'metrics.jsonl', 'tokenizer/tokenizer.model', 'steps/15/SHA256.json'}
     assert plain <= names & expected
     assert not any(name.startswith('data/') for name in names)  # the index stays on this machine
+    assert board_steps(store, tmp_path) == [5, 10, 15, 20]
+
+
+def board_steps(store: object_store.Store, folder: pathlib.Path) -> list[int]:
+    """The steps of the rows in the run's TensorBoard files, in order of the files."""
+    reader = pytest.importorskip('tensorboard.backend.event_processing.event_file_loader', reason='needs tensorboard')
+    steps = []
+    for key in sorted(key for key in store.objects if key.startswith('bucket/run/tensorboard/')):
+        (folder / 'events').write_bytes(store.objects[key])
+        events = reader.LegacyEventFileLoader(str(folder / 'events')).Load()
+        steps += [event.step for event in events if event.summary.value]
+    return steps
+
+
+@pytest.mark.slow
+def test_two_machines_run_there_and_change_places(store, tmp_path):
+    """Each has a home of its own; the second start finds what the other process left in it."""
+    gin_file = tiny_run.write_text_run(tmp_path, **{'Data.max_bad_fraction': '0.5'})
+    rows = [json.loads(line) for line in (tmp_path / 'data.jsonl').read_text().splitlines()]
+    for number in range(0, 60, 6):
+        rows[number]['conversations'][0]['value'] = 7  # no text
+    (tmp_path / 'data.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+    homes, found = ['home-a', 'home-b'], []
+    for steps in (10, 20):
+        words = [str(gin_file), '--workdir', 'gs://bucket/run', f'--gin.Train.steps={steps}', '--gin.Mesh.data=2']
+        environments = [store.environment | {'HOME': str(tmp_path / home)} for home in homes]
+        before = f'import os; os.environ.update({environments!r}[number])'
+        with LocalPod(tmp_path, [words] * 2, 2, before) as pod:
+            assert pod.codes() == [0, 0], pod.told()
+        assert not any('could not' in told for told in pod.told()), pod.told()
+        found.append({key: set(content.splitlines()) for key, content in store.objects.items() if '/quarantine' in key})
+        homes.reverse()
+    assert not any('/shared-' in key for key in store.objects)
+    assert found[0] and all(lines <= found[1][key] for key, lines in found[0].items())
+    assert board_steps(store, tmp_path) == [5, 10, 15, 20]
+    lines = [json.loads(line) for line in store.objects['bucket/run/metrics.jsonl'].splitlines()]
+    assert [line['step'] for line in lines] == [5, 10, 15, 20]
+
+
+@pytest.mark.slow
+def test_two_machines_with_a_folder_each_are_told(tmp_path):
+    gin_file = tiny_run.write_text_run(tmp_path)
+    words = [[str(gin_file), '--workdir', str(tmp_path / name / 'run'), '--gin.Mesh.data=2'] for name in ('a', 'b')]
+    with LocalPod(tmp_path, words, 2) as pod:
+        assert pod.codes() == [2, 2], pod.told()
+    assert all('is a folder of each host alone' in told for told in pod.told()), pod.told()
+    assert not (tmp_path / 'a/run').exists() and not (tmp_path / 'b').exists()

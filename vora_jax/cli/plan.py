@@ -23,7 +23,7 @@ GPUs. A 7B model takes minutes; with --quick the compiler is stopped once memory
 run: times are bounds, not measurements.
 """
 EXAMPLE = """vora plan configs/vora/pretrain_7b.gin --topology v5p:4x4x4 --gin.Mesh.data=4 --gin.Mesh.fsdp=16
-vora plan configs/vora/pretrain_7b.gin --topology v5e:8x8 --slices 2 --quick
+vora plan configs/vora/pretrain_7b.gin --topology v5e:8x8 --slices 2 --gin.Mesh.data=2 --gin.Train.accumulation=1 --quick
 vora plan configs/vora/pretrain_7b.gin --topology v6e:8x8 --search --max-compiles 6"""
 
 # libtpu looks for the TPU machine around it, locks the chips it finds, and hides the warnings that are counted.
@@ -91,7 +91,10 @@ def _compile(text: str, topology, quick: bool, timeout: float, progress: Callabl
             stack.enter_context(tempfile.TemporaryDirectory(prefix='plan-')))
         request = {'config': text, 'topology': topology.name, 'slices': topology.slices}
         (folder / REQUEST).write_text(json.dumps(request), encoding='utf-8')
-        environment = os.environ | TPU_ENVIRONMENT | {'XLA_FLAGS': child.dump_flags(folder)}
+        root = str(pathlib.Path(__file__).parents[2])  # the child runs in its folder
+        paths = [os.path.abspath(path) for path in os.environ.get('PYTHONPATH', '').split(os.pathsep) if path]
+        environment = os.environ | TPU_ENVIRONMENT | {
+            'XLA_FLAGS': child.dump_flags(os.environ.get('XLA_FLAGS', '')), 'PYTHONPATH': os.pathsep.join([root, *paths])}
         command = [sys.executable, '-m', 'vora_jax.cli.plan_step', str(folder)]
         finished = child.run(command, environment, folder, quick, timeout, progress)
         return facts.facts(folder, finished, work.max_loss_chunks(config), kept.itemsize(config))

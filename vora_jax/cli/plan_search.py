@@ -14,7 +14,7 @@ from vora_jax.cli.json_report import write_report
 from vora_jax.cli.text_table import aligned
 from vora_jax.planning import report, search, work
 from vora_jax.planning.kept import REMATS, remat_of, row_bytes
-from vora_jax.planning.topology import Topology
+from vora_jax.planning.topology import Topology, larger
 from vora_jax.planning.unplaced import held_on, parameter_shapes
 from vora_jax.training.config import Train
 from vora_jax.types import UserError
@@ -28,13 +28,22 @@ def run_search(args: argparse.Namespace, config: Train, text: str, topology: Top
     try:
         tensors = [int(size) for size in args.tensor.split(',')]
     except ValueError:
-        raise UserError(f'--tensor {args.tensor!r} is not a list of sizes such as 1,2,4.') from None
-    num_devices = work.num_devices(topology)
+        tensors = []
+    if not tensors or min(tensors) < 1:
+        raise UserError(f'--tensor {args.tensor!r} is not a list of sizes such as 1,2,4.')
+    num_devices, context = work.num_devices(topology), config.mesh.context
+    if context < 1 or num_devices % context:
+        raise UserError(f'Mesh.context = {context} does not divide the {num_devices} devices of {topology}; choose a '
+                        'divisor.')
+    if all(num_devices % (context * size) for size in tensors):
+        raise UserError(f'--tensor {args.tensor}: none of these sizes, times Mesh.context = {context}, divides the '
+                        f'{num_devices} devices of {topology}; choose divisors.')
     remats = REMATS if remat_of(config) else ('',)
-    every = list(search.candidates(num_devices, topology.slices, config.batch_rows, remats, config.mesh.context, tensors))
+    every = list(search.candidates(num_devices, topology.slices, config.batch_rows, remats, context, tensors))
     if not every:
+        ways = min(num_devices // (context * size) for size in tensors if num_devices % (context * size) == 0)
         raise UserError(f'Train.batch_rows = {config.batch_rows} divides over no mesh of the {num_devices} devices of '
-                        f'{topology}; choose a multiple of {num_devices}.')
+                        f'{topology}; choose a multiple of {ways}.')
 
     def changed(candidate: search.Candidate) -> tuple[Train, str]:
         return gin_config.load('Train', texts=[text], bindings=list(candidate.bindings))
@@ -43,7 +52,7 @@ def run_search(args: argparse.Namespace, config: Train, text: str, topology: Top
     held = functools.cache(lambda mesh, gather: held_on(config, shapes, dict(mesh), gather))
     counts = functools.cache(lambda one: work.executed(config, one, topology, held(one.mesh, one.gather)))
 
-    def bound(candidate: search.Candidate, facts: Any) -> float:
+    def bound(candidate: search.Candidate, facts: Any) -> tuple[float, float]:
         arrays = held(candidate.mesh, candidate.gather)
         return work.bound_seconds(config, candidate, topology, arrays, counts(candidate), facts)
 
@@ -52,7 +61,8 @@ def run_search(args: argparse.Namespace, config: Train, text: str, topology: Top
             arrays = held(candidate.mesh, candidate.gather)
         except UserError:
             return math.inf  # the mesh does not divide the model
-        return search.least_bytes(candidate, arrays, config.batch_rows, row(candidate.remat))
+        # Besides what is kept: all values of the layer whose backward pass runs.
+        return search.least_bytes(candidate, arrays, config.batch_rows, row(candidate.remat) + row(REMATS[-1], True))
 
     row = functools.cache(functools.partial(row_bytes, config))
     with tqdm.tqdm(total=args.max_compiles, desc=f'{len(every)} settings', unit='compile', leave=False, disable=None) as bar:
@@ -62,12 +72,13 @@ def run_search(args: argparse.Namespace, config: Train, text: str, topology: Top
                 verdict = 'fits' if tried.fits else tried.why or 'does not fit'
                 print(f'tried {" ".join(tried.candidate.flags)}: {verdict}', file=sys.stderr)
 
-        tried = search.search(
+        tried, left = search.search(
             every, need, topology.chip.usable_bytes, bound,
             lambda one: compile_text(changed(one)[1], topology, True, args.timeout, lambda seconds: bar.refresh()),
             args.max_compiles, UserError, told)
     if args.json:
-        found = [{'flags': one.candidate.flags, 'fits': one.fits, 'seconds': one.seconds if one.seconds < math.inf else None,
+        found = [{'flags': one.candidate.flags, 'fits': one.fits,
+                  'seconds': one.seconds if one.facts else None, 'serial_seconds': one.serial_seconds if one.facts else None,
                   'peak_bytes': one.facts.peak_bytes if one.facts else None, 'why': one.why} for one in tried]
         settings = {'config': args.config, 'topology': topology.name, 'slices': topology.slices, 'candidates': len(every),
                     'usable_bytes': topology.chip.usable_bytes, 'tried': found}
@@ -78,5 +89,17 @@ def run_search(args: argparse.Namespace, config: Train, text: str, topology: Top
     if tried and tried[0].fits:
         print(f'best: {" ".join(tried[0].candidate.flags)}')
         return 0
-    print('none of them fits; take a larger topology, or let it compile more with --max-compiles.')
+    print(search_advice(topology, left))
     return 1
+
+
+def search_advice(topology: Topology, left: int) -> str:
+    """What to do where nothing that was compiled fits.
+
+    left: settings that were not compiled and may fit.
+    """
+    if left:
+        return f'none of them fits, but {left} settings are left that may; let it compile more with --max-compiles.'
+    more = larger(topology)
+    other = f'try --topology {more.name}' if more else f'{topology.kind} has no larger slices: take another chip'
+    return f'nothing fits by estimate or by compilation; {other}, or --tensor 2,4.'

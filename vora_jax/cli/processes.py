@@ -16,7 +16,7 @@ from jax._src import distributed  # the coordinator that JAX found, and its key-
 from vora_jax.cli.cluster import Place, this_place
 from vora_jax.cli.lifeline import Lifeline
 from vora_jax.training.watchdog import RETRY
-from vora_jax.types import UserError
+from vora_jax.types import TryAgain, UserError
 
 log = logging.getLogger(__name__)
 
@@ -33,13 +33,14 @@ class Joined:
     """The processes of a run, of which this one has the number `number`."""
 
     def __init__(self, number: int = 0, lifeline: Lifeline | None = None):
-        self.number, self._lifeline = number, lifeline
+        self.number, self.lifeline = number, lifeline
 
     def leave(self, code: int, reason: str) -> NoReturn:
-        """Ends this process at once, and the others with it, whatever they wait for; `reason` is for them."""
+        """Ends this process at once and, while they are joined, the others with it, whatever they wait for; `reason` is for
+        them."""
         try:
-            if self._lifeline:
-                self._lifeline.fail(code, reason)
+            if self.lifeline:
+                self.lifeline.fail(code, reason)
             sys.stdout.flush()
             sys.stderr.flush()
         finally:  # whatever fails here, such as a pipe that nobody reads
@@ -92,6 +93,7 @@ def join_processes(place: Place | None = None) -> Iterator[Joined]:
             joined.leave(code, told)
         if lifeline:
             lifeline.close()
+            joined.lifeline = None
 
 
 def _initialize(place: Place) -> None:
@@ -140,6 +142,8 @@ def _verdict(error: BaseException) -> tuple[int, str]:
     """Exit code and sentence for what ended the run."""
     if isinstance(error, UserError):
         return 2, str(error)
+    if isinstance(error, TryAgain):
+        return RETRY, str(error)
     if isinstance(error, KeyboardInterrupt):
         return 130, 'interrupted.'
     return 1, f'{type(error).__name__}: {_first_line(error)}'

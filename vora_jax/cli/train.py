@@ -52,8 +52,12 @@ def run(args: argparse.Namespace) -> int:
         if joined.number:
             _show_messages(f' [{joined.number}]', logging.WARNING)
         from vora_jax.training.loop import train
+        from vora_jax.training.prefetch import is_left_behind
         ended = train(config, text, args.workdir, _parse, joined.hang)
-    return 130 if ended == 'interrupted' else 0
+    code = 130 if ended == 'interrupted' else 0
+    if is_left_behind():
+        joined.leave(code, '')
+    return code
 
 
 def _configuration(args: argparse.Namespace) -> tuple[Train, str]:

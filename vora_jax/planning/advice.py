@@ -1,4 +1,6 @@
 """The cheapest change when a step does not fit."""
+import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from vora_jax.planning.facts import Facts
@@ -17,28 +19,44 @@ class Change(NamedTuple):
 
 
 def changes(config: Train, facts: Facts, topology: Topology) -> list[Change]:
-    """What to change for less memory, the cheapest first."""
+    """What to change for less memory, the cheapest first; flags name the whole mesh wherever another one is needed."""
     found, mesh = [], facts.mesh
-    held, work = sum(facts.parts.values()), facts.peak_bytes - sum(facts.parts.values())
+    held = sum(facts.parts.values())
+    work = facts.peak_bytes - held
     data, fsdp = mesh['data'], mesh['fsdp']
     micro, remat = config.batch_rows // config.accumulation, remat_of(config)
     if remat in REMATS:
-        kept = {name: row_bytes(config, name) * micro / (data * fsdp * mesh['context'] * mesh['tensor']) for name in REMATS}
+        kept = {name: row_bytes(config, name) * micro / math.prod(mesh.values()) for name in REMATS}
         for fuller in reversed(REMATS[:REMATS.index(remat)]):
             found.append(Change((f'--gin.LanguageModel.remat={fuller}',), 'computes more again in the backward pass',
                                 facts.peak_bytes - kept[remat] + kept[fuller]))
-    if data > 1 and data % topology.slices == 0 and data // topology.slices > 1:
+    if data % topology.slices == 0 and data > topology.slices:
         wider = mesh | {'data': topology.slices, 'fsdp': fsdp * (data // topology.slices)}
-        parts = part_bytes(facts.held, wider)
-        flags = (f'--gin.Mesh.data={wider["data"]}', f'--gin.Mesh.fsdp={wider["fsdp"]}')
-        found.append(Change(flags, 'gathers weights over more devices', sum(parts.values()) + work))
+        now = sum(part_bytes(facts.held, wider).values())
+        if now < held:  # two hops cut over data already
+            found.append(Change(_mesh_flags(wider), 'gathers weights over more devices', now + work))
     if micro % (2 * data * fsdp) == 0:
         flags = (f'--gin.Train.accumulation={2 * config.accumulation}',)
-        found.append(Change(flags, 'gathers all weights twice as often', held + work / 2))
+        sums = facts.parts.get('trainable', 0) if config.accumulation == 1 else 0  # of gradients, besides a micro-batch's
+        found.append(Change(flags, 'gathers all weights twice as often', held + sums + work / 2))
     more = larger(topology)
-    rows = f'; it needs Train.batch_rows of at least {2 * data * fsdp}' if micro % (2 * data * fsdp) else ''
-    found.append(Change(('--topology', more.name), f'twice the chips{rows}', facts.peak_bytes / 2))
+    if more is not None:
+        wider = mesh | {'fsdp': 2 * fsdp}
+        halved = micro % (2 * data * fsdp) == 0
+        flags = ('--topology', more.name, *_mesh_flags(wider))
+        rows = ''
+        if not halved and config.accumulation % 2 == 0:
+            flags += (f'--gin.Train.accumulation={config.accumulation // 2}',)
+        elif not halved:
+            flags += (f'--gin.Train.batch_rows={2 * config.batch_rows}',)
+            rows = ' and rows of a step'
+        found.append(Change(flags, f'twice the chips{rows}', sum(part_bytes(facts.held, wider).values())
+                            + (work / 2 if halved else work)))
     return found
+
+
+def _mesh_flags(mesh: Mapping[str, int]) -> tuple[str, ...]:
+    return tuple(f'--gin.Mesh.{axis}={size}' for axis, size in mesh.items() if size > 1 or axis in ('data', 'fsdp'))
 
 
 def first_that_fits(found: list[Change], usable_bytes: float) -> Change | None:

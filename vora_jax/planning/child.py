@@ -2,7 +2,9 @@
 import json
 import os
 import pathlib
+import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -24,14 +26,20 @@ class Finished(NamedTuple):
     complete: bool
 
 
-def dump_flags(folder: pathlib.Path) -> str:
-    """XLA_FLAGS of the child."""
-    return f'--xla_dump_to={folder / DUMP} --xla_dump_hlo_as_text --xla_dump_hlo_module_re=.*{MODULE}.*'
+def dump_flags(own: str = '') -> str:
+    """XLA_FLAGS of the child: the user's own, then those that write down. XLA splits them at spaces, which a folder's name
+    may have: the child runs in its folder.
+
+    own: the user's.
+    """
+    return f'{own} --xla_dump_to={DUMP} --xla_dump_hlo_as_text --xla_dump_hlo_module_re=.*{MODULE}.*'.strip()
 
 
 def run(command: Sequence[str], environment: Mapping[str, str], folder: pathlib.Path, quick: bool, timeout: float,
         progress: Callable[[float], None] = lambda seconds: None) -> Finished:
     """Runs the command until it ends, or, if `quick`, until XLA has assigned the buffers; then it is killed.
+
+    It runs in `folder`. SIGTERM and SIGHUP end it too, as Ctrl-C does, and then this process with code 128 + signal.
 
     Args:
         command: writes RESULT into `folder`, or one sentence about a user's mistake to stderr with exit code 2.
@@ -45,9 +53,13 @@ def run(command: Sequence[str], environment: Mapping[str, str], folder: pathlib.
     begun = time.monotonic()
     with open(folder / ERRORS, 'wb') as errors:
         child = subprocess.Popen(list(command), env=dict(environment), stdout=subprocess.DEVNULL, stderr=errors,
-                                 stdin=subprocess.DEVNULL)
+                                 stdin=subprocess.DEVNULL, cwd=folder)
     ended, killed, sizes = None, '', ()
+    before_signals = {}
     try:
+        if threading.current_thread() is threading.main_thread():
+            before_signals = {number: signal.signal(number, _end) for number in (signal.SIGTERM, signal.SIGHUP)
+                              if signal.getsignal(number) not in (signal.SIG_IGN, None)}
         while not ended:
             number, status, usage = os.wait4(child.pid, os.WNOHANG)
             if number:
@@ -68,6 +80,8 @@ def run(command: Sequence[str], environment: Mapping[str, str], folder: pathlib.
         if ended is None:
             child.kill()
             child.wait()
+        for number, handler in before_signals.items():
+            signal.signal(number, handler)
     child.returncode = os.waitstatus_to_exitcode(ended[0])  # else Popen would wait for it again
     usage = ended[1]
     if killed == 'timeout':
@@ -77,6 +91,10 @@ def run(command: Sequence[str], environment: Mapping[str, str], folder: pathlib.
     if not complete and killed != 'quick':
         _explain(child.returncode, (folder / ERRORS).read_text(encoding='utf-8', errors='replace'))
     return Finished(time.monotonic() - begun, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, complete)
+
+
+def _end(number: int, _) -> None:
+    raise SystemExit(128 + number)
 
 
 def _report_sizes(folder: pathlib.Path) -> tuple[int, ...]:

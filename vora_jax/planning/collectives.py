@@ -109,8 +109,8 @@ def wire_bytes(found: Iterable[Collective]) -> tuple[dict[int, float], float]:
 def _sizes(program: Program, around: list[Instruction], one: Instruction, kind: str, group: int):
     """(emulates a gather, bytes, dtype) of an instruction, once for each way its operands are."""
     arrays = [shape for shape in one.shapes if shape.dims or not one.opcode.endswith('-start')]
-    if one.opcode in ('all-gather-start', 'collective-permute-start') and len(arrays) > 1:
-        arrays = arrays[len(arrays) // 2:]  # first the inputs, then the results
+    if one.opcode.endswith('-start') and kind != 'all-reduce' and len(arrays) > 1:  # first the inputs, then the results
+        arrays = arrays[len(one.operands):] or arrays[len(arrays) // 2:]
     scale = group if kind == 'reduce-scatter' else 1
     if kind != 'all-reduce' or len(one.operands) != len(arrays):
         return [(False, scale * sum(array.bytes for array in arrays), arrays[0].dtype)] if arrays else []

@@ -36,7 +36,7 @@ def compile_step(config: Train, topology: topology_lib.Topology, folder: pathlib
     with sharding.use(mesh):
         built = program.build(config, batch_shapes(config), mesh)
         _write(folder / PLAN, {
-            'mesh': dict(mesh.shape), 'devices': mesh.size, 'held': held(built.plan),
+            'platform': topology.platform, 'mesh': dict(mesh.shape), 'devices': mesh.size, 'held': held(built.plan),
             'stack': stack_dims(built.plan, mesh.shape),
             'attention': language_attention(built.plan.model, built.plan.batch, mesh, config.attention)})
         lowered = built.step.lower(built.plan.state, built.plan.frozen, batch_shapes(config, sharding.rows(mesh)))

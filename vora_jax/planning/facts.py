@@ -25,9 +25,10 @@ class Facts(NamedTuple):
     """A step compiled for absent devices; bytes are those of one of them.
 
     mesh: axis sizes.    held: what lives through the step.    parts: its bytes by part.
-    peak_bytes: HBM at the worst moment of the step; 0 where the compiler told nothing.
+    peak_bytes: HBM that the compiler assigns, by its memory usage report. (`memory_analysis` of a finished compilation tells
+        less: it counts what is live at the worst moment, not the space between.)
     stack: [L, B, Q, C] of the teacher's features, of two bytes or four an element; None without a teacher.
-    stack_bytes: of one of them.    stacks: how many there are at once.
+    stack_bytes: of one of them.    stacks: how many there are at once; None where the program does not tell.
     largest: buffers at the worst moment.
     involuntary: how often the compiler gave up on a sharding and gathered an array whole.
     asynchronous_known: it was compiled to where the program tells what runs beside computation.
@@ -42,7 +43,7 @@ class Facts(NamedTuple):
     peak_bytes: int
     stack: tuple[int, ...] | None
     stack_bytes: int
-    stacks: int
+    stacks: int | None
     largest: tuple[Buffer, ...]
     collectives: tuple[Collective, ...]
     involuntary: int
@@ -53,7 +54,7 @@ class Facts(NamedTuple):
     @property
     def working_bytes(self) -> int:
         """Activations and temporaries at the worst moment, without the teacher's features."""
-        return max(0, self.peak_bytes - sum(self.parts.values()) - self.stack_bytes * self.stacks)
+        return max(0, self.peak_bytes - sum(self.parts.values()) - self.stack_bytes * (self.stacks or 0))
 
 
 def facts(folder: pathlib.Path, finished: child.Finished, data_loops: int, itemsize: int) -> Facts:
@@ -64,7 +65,7 @@ def facts(folder: pathlib.Path, finished: child.Finished, data_loops: int, items
         itemsize: bytes of an activation.
 
     Raises:
-        RuntimeError: the compiler wrote no program down.
+        RuntimeError: the compiler wrote no program down, or no report of what it needs.
     """
     plan, result = (child.read_json(folder / name) for name in (compile_step.PLAN, compile_step.RESULT))
     arrays = tuple(Held(part, path, tuple(shape), size, tuple(map(tuple, axes)))
@@ -73,16 +74,23 @@ def facts(folder: pathlib.Path, finished: child.Finished, data_loops: int, items
     text = dumped(folder, 'after_optimizations.txt') or (final.read_text(encoding='utf-8') if final.exists() else '')
     if not text:
         raise RuntimeError(f'the compiler left no program in {folder}.')
+    missing = [name for name in child.REPORTS if not dumped(folder, name)]
+    if missing and plan['platform'] == 'tpu':
+        raise RuntimeError(f'the compiler left no {" and no ".join(missing)} in {folder / child.DUMP}; is XLA_FLAGS right?')
     errors = (folder / child.ERRORS).read_text(encoding='utf-8', errors='replace')
     live, stack = dumped(folder, 'live-range.txt'), plan['stack'] and tuple(plan['stack'])
-    stacks = live_at_once(dumped(folder, 'optimizations-buffer-assignment.txt'), live, stack) if stack else 0
+    assignment = dumped(folder, 'optimizations-buffer-assignment.txt') if stack else ''
+    stacks = live_at_once(assignment, live, stack, itemsize, text) if stack else 0
     stack_bytes = itemsize
     for size in stack or (0,):
         stack_bytes *= size
+    needed = (peak_bytes(dumped(folder, 'memory-usage-report.txt')) or result.get('peak_bytes')
+              or (exceeded(errors + result.get('exhausted', '')) or (0,))[0])
+    if not needed:
+        raise RuntimeError(f'the compiler told in {folder} of no memory that it needs.')
     return Facts(
         mesh=plan['mesh'], attention=plan['attention'], held=arrays, parts=part_bytes(arrays, plan['mesh']),
-        peak_bytes=int(result.get('peak_bytes') or peak_bytes(dumped(folder, 'memory-usage-report.txt'))
-                       or (exceeded(errors + result.get('exhausted', '')) or (0,))[0]),
+        peak_bytes=int(needed),
         stack=stack, stack_bytes=stack_bytes, stacks=stacks, largest=largest(live, text),
         collectives=collectives(text, plan['mesh'], data_loops),
         involuntary=len(re.findall(INVOLUNTARY, errors, re.IGNORECASE)), asynchronous_known='exhausted' not in result,

@@ -9,6 +9,8 @@ from vora_jax.training.state import Plan
 
 PARTS = ('trainable', 'optimizer', 'frozen', 'teacher')
 TEACHER = 'teacher/'  # where a distilled model's parameters have their teacher
+TEACHER_BLOCKS = 'teacher/blocks'  # in the path of what its blocks compute
+FLOATS = {2: '(?:bf16|f16)', 4: 'f32'}  # as HLO calls floats of so many bytes
 
 
 class Held(NamedTuple):
@@ -90,20 +92,28 @@ def exceeded(message: str) -> tuple[float, float] | None:
     return float(match[1]) * units[match[2]], float(match[3]) * units[match[4]]
 
 
-def live_at_once(assignment: str, live_ranges: str, dims: tuple[int, ...]) -> int:
-    """Most buffers in HBM of one array with these dimensions that are in use at the same time.
+def live_at_once(assignment: str, live_ranges: str, dims: tuple[int, ...], itemsize: int, program: str) -> int | None:
+    """Most buffers in HBM with teacher features, arrays of these dimensions, that are in use at the same time.
+
+    Only what the teacher's blocks make, and copies of it, is counted: other arrays may have the same dimensions.
 
     Args:
         assignment: XLA's buffer assignment: which value lies where.
         live_ranges: XLA's live ranges: from when to when it is needed.
         dims: whole dimensions, in any layout.
+        itemsize: bytes of an element, a float.
+        program: the compiled program.
+
+    Returns:
+        None where the texts show no such buffer.
     """
-    listed = ','.join(map(str, dims))
+    kind = rf'{FLOATS[itemsize]}\[{",".join(map(str, dims))}\]'
+    ours = _made_by_teacher(program, kind)
     place = {}
-    for line in re.findall(rf'value: <\d+ .*?\): \w+\[{listed}\]{{[^}}]*}}$', assignment, re.MULTILINE):
+    for line in re.findall(rf'value: <\d+ .*?\): {kind}{{[^}}]*}}$', assignment, re.MULTILINE):
         name, offset, space = re.search(r'<\d+ (\S+) .*offset=(\d+)\).*?\{[^}S]*(S\(\d+\))?', line).groups()
         allocation = assignment.rfind('\nallocation ', 0, assignment.find(line))
-        if not space:
+        if not space and name.partition('{')[0] in ours:
             place[name] = allocation, int(offset)
     events: list[tuple[int, int, tuple[int, int]]] = []
     for name, index, begin, end in re.findall(r'^    (\S+?)\{([\d,]*)\}:(\d+)-(\d+)$', live_ranges, re.MULTILINE):
@@ -115,4 +125,15 @@ def live_at_once(assignment: str, live_ranges: str, dims: tuple[int, ...]) -> in
     for _, change, where in sorted(events, key=lambda event: event[:2]):
         users[where] = users.get(where, 0) + change
         most = max(most, sum(count > 0 for count in users.values()))
-    return most
+    return most or None
+
+
+def _made_by_teacher(program: str, kind: str) -> set[str]:
+    """Names of the instructions with such an array in their type that the teacher's blocks make, or that copy those."""
+    found: set[str] = set()
+    for name, rest in re.findall(rf'^\s+(?:ROOT )?%?(\S+) = (.*{kind}.*)$', program, re.MULTILINE):
+        path = re.search(r'op_name="([^"]*)"', rest)
+        source = re.search(r' (?:copy|copy-start|copy-done|bitcast|get-tuple-element)\((?:[^%]*%)?([\w.\-]+)', rest)
+        if path and TEACHER_BLOCKS in path[1] or source and source[1] in found:
+            found.add(name)
+    return found

@@ -32,8 +32,9 @@ def results(config: Train, topology: Topology, facts: Facts, itemsize: int, work
         'remat': remat_of(config), 'attention': facts.attention, 'fits': fits, 'usable_bytes': usable,
         'peak_bytes': facts.peak_bytes,
         'memory': {**{f'{part}_bytes': size for part, size in facts.parts.items()},
-                   'teacher_features_bytes': facts.stack_bytes * facts.stacks, 'teacher_feature_stacks': facts.stacks,
-                   'teacher_features_shape': facts.stack, 'working_bytes': facts.working_bytes},
+                   'teacher_features_bytes': None if facts.stacks is None else facts.stack_bytes * facts.stacks,
+                   'teacher_feature_stacks': facts.stacks, 'teacher_features_shape': facts.stack,
+                   'working_bytes': facts.working_bytes},
         'largest_buffers': [one._asdict() for one in facts.largest],
         'collectives': [{**one._asdict(), 'wire_bytes': one.wire_bytes} for one in facts.collectives],
         'traffic': {'wire_bytes': wire, 'least_wire_bytes': least.wire, 'least_gather_bytes': least.gather,
@@ -57,6 +58,8 @@ def lines(found: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, ...]]]]:
         shape = ' x '.join(map(str, memory['teacher_features_shape']))
         name = f'teacher features, {memory["teacher_feature_stacks"]} of {shape}'
         held.append((name, _size(memory['teacher_features_bytes'])))
+    elif memory['teacher_feature_stacks'] is None:
+        held.append(('teacher features', 'unknown, counted below'))
     held += [('activations, gradients and temporaries', _size(memory['working_bytes'])), ('at most at once', _size(peak)),
              (f'usable of a {found["chip"]}', _size(usable))]
     moved = [('', 'dtype', 'over', 'GB', 'runs', '')]
@@ -98,9 +101,9 @@ def heading(found: Mapping[str, Any]) -> list[str]:
         if best:
             told.append(f'cheapest change: {" ".join(best.flags)} ({best.costs}; about {_size(best.peak_bytes)})')
         else:
-            told.append('no single change is enough by estimate; take several of these, or --search:')
-        told += [f'  {"or " if best else ""}{" ".join(change.flags)} ({change.costs}; about {_size(change.peak_bytes)})'
-                 for change in every if change != best]
+            told.append('no single change is enough by estimate; several may be: see --search')
+        told += [f'  or {" ".join(change.flags)} ({change.costs}; about {_size(change.peak_bytes)})'
+                 for change in every if change != best and change.peak_bytes <= usable]
     spent = found['compilation']
     done = 'compiled' if spent['complete'] else 'compiled up to buffer assignment'
     told.append(f'{done}, not run: {spent["seconds"]:,.0f} s, {spent["cpu_seconds"]:,.0f} CPU s, '
@@ -110,12 +113,13 @@ def heading(found: Mapping[str, Any]) -> list[str]:
 
 def ranking(tried: Sequence[Tried]) -> list[tuple[str, ...]]:
     """The rows of a search's table; compiled settings, best first."""
-    rows = [('mesh', 'gather', 'remat', 'accumulation', 'needs', 'fits', 'bound s')]
+    rows = [('mesh', 'gather', 'remat', 'accumulation', 'needs', 'fits', 'bound s', 'serial s')]
     for one in tried:
         peak = _size(one.facts.peak_bytes) if one.facts else '-'
         candidate = one.candidate
         rows.append((mesh_of(candidate.sizes), candidate.gather, candidate.remat or '-', str(candidate.accumulation), peak,
-                     'yes' if one.fits else 'no', f'{one.seconds:.3g}' if one.facts else one.why))
+                     'yes' if one.fits else 'no', f'{one.seconds:.3g}' if one.facts else one.why,
+                     f'{one.serial_seconds:.3g}' if one.facts else ''))
     return rows
 
 

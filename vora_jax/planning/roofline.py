@@ -90,11 +90,11 @@ def links(chip: Chip, shape: Sequence[int], group: int) -> int:
 
 
 def rough_hbm_bytes(weight_bytes: float, passes: int, state_bytes: float, kept_bytes: float) -> float:
-    """Bytes that one device moves in a step, where the compiler did not count them: a lower bound.
+    """Bytes that one device moves in a step, where the compiler did not count them: an estimate, no bound.
 
     Args:
         weight_bytes: of all weights as they are multiplied, gathered: written and read in each pass.
-        passes: 2, and 1 more where the forward pass is computed again; times the micro-batches.
+        passes: over them: where they differ, 1, with weight_bytes the sum over all passes.
         state_bytes: of the parameters and optimizer state it holds: read and written once.
         kept_bytes: of activations kept for the backward pass: written and read once.
     """

@@ -9,6 +9,9 @@ from vora_jax.types import UserError
 EXAMPLES = 'v5e:8x8, v5p:8x8x8, v6e:16x16, h100:8'
 HOST_CHIPS = (2, 2)  # of a TPU host: a topology is made of whole ones
 
+# Chips of the largest slice, by the pages that `training.flops.chips` cites; GPUs of a host.
+LARGEST = {'v4': 4096, 'v5e': 256, 'v5p': 6144, 'v6e': 256, 'tpu7x': 9216, 'h100': 8, 'a100': 8}
+
 # What XLA must know of a GPU that is not there; memory is what a driver reports.
 _GPU_TARGET = """gpu_device_info {{
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
@@ -81,8 +84,11 @@ def parse(text: str, slices: int = 1) -> Topology:
     return found
 
 
-def larger(topology: Topology) -> Topology:
-    """The next larger one: twice the chips, along the last of its shortest axes, as Cloud names them (2x2, 2x4, 4x4)."""
+def larger(topology: Topology) -> Topology | None:
+    """The next larger one: twice the chips, along the last of its shortest axes, as Cloud names them (2x2, 2x4, 4x4). None
+    where slices (GPUs: hosts) are no larger."""
+    if 2 * math.prod(topology.shape) > LARGEST[topology.kind]:
+        return None
     axis = max(i for i, size in enumerate(topology.shape) if size == min(topology.shape))
     return topology._replace(shape=tuple(size * (2 if i == axis else 1) for i, size in enumerate(topology.shape)))
 

@@ -13,7 +13,7 @@ from vora_jax.planning.memory import Held
 from vora_jax.planning.roofline import Demand, bound, rough_hbm_bytes
 from vora_jax.planning.search import Candidate
 from vora_jax.planning.topology import Topology
-from vora_jax.planning.traffic import least_traffic
+from vora_jax.planning.traffic import least_traffic, uses
 from vora_jax.training.config import Train
 from vora_jax.training.flops.statistics import BatchStatistics, statistics_of
 from vora_jax.training.flops.step_work import Work, executed_flops, model_flops, step_work
@@ -54,7 +54,8 @@ def lines(found: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, ...]]]]:
     rows += [(one['part'], *(f'{one[name] / PF:,.3f}' for name in ('forward', 'backward', 'recompute', 'overhead')))
              for one in flops['parts']]
     rows += [(f'all: {name}', f'{flops[name] / PF:,.3f}', '', '', '') for name in ('model', 'executed')]
-    times = [(f'{name}: busy', f'{seconds:.3f} s') for name, seconds in least['seconds'].items() if seconds]
+    times = [(f'{name}: busy{" (estimate)" if name == "memory" else ""}', f'{seconds:.3f} s')
+             for name, seconds in least['seconds'].items() if seconds]
     times += [(f'a step, if all overlaps: {least["binding"]}', f'{least["step_seconds"]:.3f} s'),
               ('a step, if nothing does', f'{least["serial_seconds"]:.3f} s'),
               ('tokens/s of a device', f'{least["tokens_per_second_per_device"]:,.0f}'),
@@ -70,27 +71,36 @@ def executed(config: Train, candidate: Candidate, topology: Topology, arrays: Se
 
 
 def bound_seconds(config: Train, candidate: Candidate, topology: Topology, arrays: Sequence[Held], flops: float,
-                  facts: Facts | None) -> float:
-    """The least time of a step with a candidate's settings that computes `flops`; without facts with the least traffic
-    there can be."""
+                  facts: Facts | None) -> tuple[float, float]:
+    """The least time of a step with a candidate's settings that computes `flops`, and its time where nothing overlaps;
+    without facts with the least traffic there can be."""
     sizes = candidate.sizes
     changed = dataclasses.replace(config, accumulation=candidate.accumulation)
-    within, between = {sizes['data'] * sizes['fsdp']: least_traffic(arrays, sizes, itemsize(config),
-                                                                    candidate.accumulation).wire}, 0.0
+    within, between = least_traffic(arrays, sizes, itemsize(config), candidate.accumulation).groups, 0.0
     if facts is not None:
         within, between = wire_bytes(facts.collectives)
     demand = Demand(flops, flops, 1.0, _hbm_bytes(changed, arrays, sizes, candidate.remat), within, between)
-    return bound(topology.chip, topology.shape, math.prod(sizes.values()), demand).step_seconds
+    found = bound(topology.chip, topology.shape, math.prod(sizes.values()), demand)
+    return found.step_seconds, found.serial_seconds
 
 
 def _hbm_bytes(config: Train, arrays: Iterable[Held], mesh: Mapping[str, int], remat: str) -> float:
     """Rough: gathered weights in each pass, the state, what is kept for the backward pass."""
     arrays = tuple(arrays)
-    weights = sum(array.bytes / array.itemsize * itemsize(config) for array in arrays if array.part != 'optimizer')
+    trained = frozenset(array.path for array in arrays if array.part == 'trainable')
+    tied = not any(array.path.startswith('decoder/lm_head') for array in arrays)
+    again = remat not in ('', 'none')
+    weights = sum(array.bytes / array.itemsize * itemsize(config) * _passes(array, trained, tied, again) for array in arrays
+                  if array.part != 'optimizer') * config.accumulation
     state = sum(array.shard_bytes(mesh) for array in arrays if array.part in ('trainable', 'optimizer'))
-    passes = (2 if remat in ('', 'none') else 3) * config.accumulation
-    kept = row_bytes(config, remat) * config.batch_rows / (mesh['data'] * mesh['fsdp'] * mesh['context'])
-    return rough_hbm_bytes(weights / mesh['tensor'], passes, state, kept)
+    kept = row_bytes(config, remat) * config.batch_rows / math.prod(mesh.values())
+    return rough_hbm_bytes(weights / mesh['tensor'], 1, state, kept)
+
+
+def _passes(array: Held, trained: frozenset[str], tied: bool, again: bool) -> int:
+    """Over a weight in a micro-batch: a decoder layer's with a backward pass takes one more where remat computes again."""
+    found = uses(array, trained, tied)
+    return found + (again and found == 2 and array.path.startswith('decoder/layers/'))
 
 
 def num_devices(topology: Topology) -> int:

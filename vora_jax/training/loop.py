@@ -2,7 +2,6 @@
 import collections
 import contextlib
 import dataclasses
-import json
 import logging
 import time
 from collections.abc import Callable
@@ -16,7 +15,8 @@ from vora_jax.training import guard, init_from
 from vora_jax.training import state as state_lib
 from vora_jax.training.checkpoints import agree, checkpoint
 from vora_jax.training.checkpoints.checkpoint import Record
-from vora_jax.training.checkpoints.storage import to_path
+from vora_jax.training.checkpoints.shared import raise_if_not_shared
+from vora_jax.training.checkpoints.storage import Path, to_path
 from vora_jax.training.checkpoints.writer import Writer
 from vora_jax.training.config import Train, validate
 from vora_jax.training.interrupt import CTRL_C, stop_request
@@ -24,21 +24,22 @@ from vora_jax.training.log import wandb_run
 from vora_jax.training.log.clock import Clock
 from vora_jax.training.log.metrics import Log
 from vora_jax.training.log.profile import Profile
+from vora_jax.training.log.summary import write_summary
 from vora_jax.training.log.yardstick import yardstick
 from vora_jax.training.losses import BY_SOURCE
 from vora_jax.training.mesh import sharding
 from vora_jax.training.mesh.attend import language_attention
-from vora_jax.training.mesh.row_shards import check_rows, row_shard
+from vora_jax.training.mesh.row_shards import open_mesh, row_shard
 from vora_jax.training.prefetch import Prefetch
 from vora_jax.training.program import build
 from vora_jax.training.resume import check_same_data, check_same_run, find_last, restore_run
 from vora_jax.training.run_data import open_data
-from vora_jax.training.watchdog import DATA, SAVING, STEP, watching
-from vora_jax.types import UserError
+from vora_jax.training.watchdog import DATA, FIRST, OPENING, SAVING, STEP, watching
+from vora_jax.types import Params, TryAgain, UserError
 
 log = logging.getLogger(__name__)
 
-COMPILE_SECONDS = 3600  # that the first process to have compiled waits for the last
+MEET_SECONDS = 24 * 3600  # that one process waits for another that is alive: the watchdog is to judge
 IN_FLIGHT = 2  # steps the host may run ahead of the devices: hides its own work, yet Ctrl-C acts at once
 
 
@@ -60,50 +61,47 @@ def train(
 
     Raises:
         UserError: a value that makes no sense, a workdir of another run, too many bad samples.
+        TryAgain: trouble that may pass.
     """
     begun = time.time()
     validate(config)
     wandb_run.raise_if_missing(config.wandb)
     folder = to_path(workdir)
-    mesh = sharding.make_mesh(config.mesh)
-    check_rows(config, mesh)
-    sharding.check_slots(config, mesh)
+    raise_if_not_shared(folder)
+    mesh = open_mesh(config)
 
-    # 1. What does the workdir hold?
-    record, before = find_last(folder), None
-    if record:
-        before = check_same_run(record, config, config_text, folder, parse)
-        if record.step >= config.steps:
-            log.info('%s is complete: %d of %d steps are done.', folder, record.step, config.steps)
-            return 'complete'
+    with contextlib.ExitStack() as stack:
+        watchdog = stack.enter_context(watching(config.hang_seconds, folder, hang))
 
-    # 2. Data, read ahead in a thread.
-    data = open_data(config, folder, row_shard(mesh))
-    if record:
-        check_same_data(record, data.manifest, before, config)
-        data.set_state(record.data)
-    if jax.process_index() == 0:  # only now: a refused run leaves the workdir as it was
-        checkpoint.write_config(folder, config_text)
-        checkpoint.copy_tokenizer(config.data.tokenizer, folder)
-    writer = Writer(folder, config.checkpoint.keep_last, config.checkpoint.keep_every_steps)
+        # 1. What does the workdir hold?
+        record, before = find_last(folder), None
+        if record:
+            before = check_same_run(record, config, config_text, folder, parse)
+            if record.step >= config.steps:
+                log.info('%s is complete: %d of %d steps are done.', folder, record.step, config.steps)
+                return 'complete'
 
-    with (
-        contextlib.closing(data),
-        contextlib.closing(Prefetch(data, sharding.rows(mesh))) as batches,
-        sharding.use(mesh),
-        stop_request() as stop,
-        watching(config.hang_seconds, folder, hang) as watchdog,
-    ):
-        # 3. Model, optimizer and weights: restored, or new.
+        # 2. Data, read ahead in a thread.
+        data = open_data(config, folder, row_shard(mesh), lambda: watchdog.beat(OPENING, 0))
+        stack.enter_context(contextlib.closing(data))
+        if record:
+            check_same_data(record, data.manifest, before, config)
+            data.set_state(record.data)
+        if jax.process_index() == 0:  # only now: a refused run leaves the workdir as it was
+            checkpoint.write_config(folder, config_text)
+            checkpoint.copy_tokenizer(config.data.tokenizer, folder)
+        writer = Writer(folder, config.checkpoint.keep_last, config.checkpoint.keep_every_steps)
+        batches = stack.enter_context(contextlib.closing(Prefetch(data, sharding.rows(mesh))))
+        stack.enter_context(sharding.use(mesh))
+        stop = stack.enter_context(stop_request())
         ready = next(batches)
+        _meet('the data')
+        watchdog.beat(FIRST, 0)
+
+        # 3. Model, optimizer and weights: restored, or new.
         program = build(config, ready.batch, mesh)
         plan = program.plan
-        if record:
-            state, frozen = restore_run(plan, record, folder)
-            log.info('resuming %s after step %d of %d', folder, record.step, config.steps)
-        else:
-            state, frozen = state_lib.create(plan, config.seed, init_from.take(config.init_from, plan.params))
-            record = Record(0, '', writer.save_frozen(frozen), seed=config.seed, manifest=data.manifest)
+        record, state, frozen = _start(plan, record, config, folder, writer, data.manifest)
         begin = record = dataclasses.replace(record, config_text=config_text)
         num_trainable, num_frozen = count(state.trainable), count(frozen)
         log.info('training %s of %s parameters', f'{num_trainable:,}', f'{num_trainable + num_frozen:,}')
@@ -119,10 +117,8 @@ def train(
         started = time.perf_counter() - record.seconds
         done, pending, in_flight, trouble = record.step, [], collections.deque(), None
         streak, saved = guard.Streak(config.guard.max_skips), record.step
-        # Processes compile for unlike times, and the first collective does not wait for ever: they meet before it.
         step = program.step.lower(state, frozen, ready.batch).compile()
-        agree.collect('compiled', '', COMPILE_SECONDS)
-        agree.announce('compiled', '', COMPILE_SECONDS)
+        _meet('the compiled step')
         while done < config.steps and not trouble:
             with profile.step(done + 1, in_flight):
                 state, metrics = step(state, frozen, ready.batch)
@@ -145,7 +141,7 @@ def train(
                 try:
                     with clock.part('data'):
                         ready = next(batches)
-                except UserError as error:
+                except (UserError, TryAgain) as error:
                     if jax.process_count() > 1:  # the others go on: there is no step that all could save
                         raise
                     trouble = error
@@ -164,8 +160,11 @@ def train(
                     bad_samples=record.bad_samples + row['bad_samples'],
                     by_source=_add(record.by_source, [row[name] for name in BY_SOURCE]),
                 )
-                trouble = (failed or trouble
-                           or _too_many_bad(record, begin, config.data.max_bad_fraction, data.num_samples))
+                too_many = _too_many_bad(record, begin, config.data.max_bad_fraction, data.num_samples)
+                if too_many and done == config.steps:  # nothing is left to be spared
+                    log.warning('%s', too_many)
+                    too_many = None
+                trouble = failed or trouble or too_many
                 # A restarted run that fails again at once does not push out good steps by copies of the last one.
                 learned = streak.number < done - saved
                 watchdog.beat(SAVING, done)
@@ -183,24 +182,43 @@ def train(
         goodput = progress.close(done == config.steps and not failed)
         if goodput:
             log.info('%s', goodput)
-        if jax.process_index() == 0 and done == config.steps and not failed:
-            summary = {
-                'steps': done, 'seconds': record.seconds, 'loss': row['loss'],
-                'trainable_params': num_trainable, 'total_params': num_trainable + num_frozen,
-                'tokens_per_second': progress.tokens_per_second, **progress.padding,
-                'goodput': goodput.share, 'wall_seconds': goodput.wall, 'lost_seconds': goodput.lost,
-                'epochs': data.epoch(record.data),
-                'num_samples': record.num_samples, 'bad_samples': record.bad_samples,
-                **{name: dict(zip(data.source_names, counts)) for name, counts in zip(BY_SOURCE, record.by_source)},
-            }
-            (folder / 'summary.json').write_text(json.dumps(summary, indent=1) + '\n')
-    if isinstance(trouble, UserError):
+        if goodput and done == config.steps and not failed:
+            write_summary(folder, record, row['loss'], (num_trainable, num_trainable + num_frozen), progress, goodput, data)
+        _meet('the end')  # only the first process had all this to do
+    if isinstance(trouble, (UserError, TryAgain)):
         told = f'Step {saved} is saved; the same command resumes there.' if saved else 'No step is saved.'
-        raise UserError(f'{trouble} {told}')
+        raise type(trouble)(f'{trouble} {told}')
     if done == config.steps:
         return 'complete'
     log.info('stopped by %s: step %d of %d is saved; run the same command to resume.', trouble, done, config.steps)
     return 'interrupted' if trouble == CTRL_C else 'preempted'
+
+
+def _meet(at: str) -> None:
+    """Returns when all processes are here: the devices' collectives do not wait for ever (CPU: 30 s), and reading, compiling
+    and uploading take unlike times.
+
+    Raises:
+        TryAgain: one did not come.
+    """
+    try:
+        agree.collect(at, '', MEET_SECONDS)
+        agree.announce(at, '', MEET_SECONDS)
+    except TimeoutError as error:
+        raise TryAgain(f'{error}; run the same command to resume from the last checkpoint.') from error
+
+
+def _start(plan: state_lib.Plan, record: Record | None, config: Train, folder: Path, writer: Writer,
+           manifest: str) -> tuple[Record, state_lib.State, Params]:
+    """(record, state, frozen weights): of the step that the record tells of, or new."""
+    if record:
+        state, frozen = restore_run(plan, record, folder)
+        log.info('resuming %s after step %d of %d', folder, record.step, config.steps)
+        return record, state, frozen
+    given = init_from.take(config.init_from, plan.params)
+    _meet('the weights')
+    state, frozen = state_lib.create(plan, config.seed, given)
+    return Record(0, '', writer.save_frozen(frozen), seed=config.seed, manifest=manifest), state, frozen
 
 
 def _add(before: list[list[int]], more: list[list[int]]) -> list[list[int]]:

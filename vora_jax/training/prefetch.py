@@ -12,6 +12,13 @@ log = logging.getLogger(__name__)
 
 CLOSE_SECONDS = 10  # that a reader may take to end; less than the processes of a run wait for each other at the end
 
+_LEFT_BEHIND: list[threading.Thread] = []
+
+
+def is_left_behind() -> bool:
+    """Whether a reader that hangs is left behind. Python, at its end, would wait for the threads that it waits for."""
+    return any(thread.is_alive() for thread in _LEFT_BEHIND)
+
 
 class Ready(NamedTuple):
     """A batch on the devices, and the position in the data after it."""
@@ -49,6 +56,7 @@ class Prefetch:
         self._stop.set()
         self._thread.join(CLOSE_SECONDS)
         if self._thread.is_alive():
+            _LEFT_BEHIND.append(self._thread)
             log.warning('the thread that reads ahead still waits for data; it is left behind.')
 
     def _read(self) -> None:

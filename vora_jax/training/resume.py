@@ -1,4 +1,5 @@
 """What a workdir holds of a run, taken up again."""
+import dataclasses
 import logging
 from collections.abc import Callable
 
@@ -6,7 +7,7 @@ import jax
 import numpy as np
 
 from vora_jax.training import state as state_lib
-from vora_jax.training.checkpoints import checkpoint, workdir
+from vora_jax.training.checkpoints import agree, checkpoint, workdir
 from vora_jax.training.checkpoints.record import Record, read_record
 from vora_jax.training.checkpoints.storage import Path
 from vora_jax.training.config import Train
@@ -21,7 +22,8 @@ def find_last(folder: Path) -> Record | None:
     step = workdir.latest_step(folder)
     if step is None:
         return None
-    record = read_record(workdir.step_folder(folder, step))
+    path = workdir.step_folder(folder, step)
+    record = Record(**agree.decide(f'record {path}', lambda: dataclasses.asdict(read_record(path))))
     if record.origin != 'train':
         raise UserError(f'{folder} holds the result of {record.origin}; give a new --workdir, and '
                         f'--init-from {folder} to start from it.')

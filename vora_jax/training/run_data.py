@@ -8,7 +8,7 @@ import tqdm
 
 from vora_jax.data import loader
 from vora_jax.training.checkpoints.storage import Path, local_side
-from vora_jax.training.checkpoints.workdir import fetch_quarantine
+from vora_jax.training.checkpoints.workdir import fetch_quarantine, quarantine_file
 from vora_jax.training.config import Train
 from vora_jax.training.mesh.row_shards import RowShard
 from vora_jax.types import UserError
@@ -31,7 +31,6 @@ def open_data(config: Train, folder: Path, shard: RowShard, alive: Callable[[], 
         UserError: the data cannot be used, or its tokenizer has more ids than the model.
     """
     index, count = jax.process_index(), jax.process_count()
-    quarantine = 'quarantine.jsonl' if index == 0 else f'quarantine-{index:05}.jsonl'
 
     def progress(chunks: Iterable, **told: Any) -> Iterator:
         for chunk in tqdm.tqdm(chunks, leave=False, disable=None if index == 0 else True, unit='chunk', **told):
@@ -43,7 +42,7 @@ def open_data(config: Train, folder: Path, shard: RowShard, alive: Callable[[], 
     folder.mkdir(parents=True, exist_ok=True)
     data = loader.batches(
         config.data, config.method.vision_tokens, config.batch_rows, config.seed, shard, config.workers,
-        process=(index, count), quarantine=str(folder / quarantine), cache=str(folder / 'data'), progress=progress)
+        process=(index, count), quarantine=str(folder / quarantine_file()), cache=str(folder / 'data'), progress=progress)
     vocab_size = config.method.stage(config.stage).model.vocab_size
     if data.vocab_size > vocab_size:
         raise UserError(f'{config.data.tokenizer} is a tokenizer of {data.vocab_size} ids, but the model has '

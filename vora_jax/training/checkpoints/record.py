@@ -51,6 +51,6 @@ def read_record(folder: Path) -> Record:
     found = stored.get('format')
     if found != FORMAT:
         older = not isinstance(found, int) or found < FORMAT
-        raise UserError(f'{folder} was written by {"an older" if older else "a newer"} version of vora (layout {found}, this '
-                        f'one reads {FORMAT}); go on with the version that wrote it, or train anew in another workdir.')
+        raise UserError(f'{folder} was written by {"an older" if older else "a newer"} version of vora (layout {found}, '
+                        f'this one reads {FORMAT}); go on with the version that wrote it, or train anew in another workdir.')
     return Record(**stored)

@@ -45,8 +45,8 @@ def to_path(text: str | Path) -> Path:
         path.exists()
     except Exception as error:  # each library has errors of its own
         if mistake(error) or isinstance(error, ValueError | ImportError):  # its name makes no sense; a library is incomplete
-            raise UserError(f'{text} cannot be read: {first_line(error)}; check its name, and what this machine may do there.'
-                            ) from error
+            raise UserError(f'{text} cannot be read: {first_line(error)}; check its name, and what this machine may do '
+                            'there.') from error
         raise TryAgain(f'{text} cannot be read: {first_line(error)}; run the same command again.') from error
     return path
 

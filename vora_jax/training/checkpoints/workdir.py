@@ -8,19 +8,22 @@
 
 Each folder of arrays is written by Orbax and committed by a checksum file (`training.checkpoints.checksum`).
 """
-import json
+import hashlib
 import logging
+import os
+import pathlib
+import shutil
+import tempfile
 
 import jax
 
 from vora_jax.data.text.tokenizer import fingerprint, tokenizer_files
 from vora_jax.training.checkpoints import agree, checksum, storage
 from vora_jax.training.checkpoints.storage import Path
-from vora_jax.types import UserError
+from vora_jax.training.checkpoints.trouble import first_line, mistake
+from vora_jax.types import TryAgain, UserError
 
 log = logging.getLogger(__name__)
-
-LOGS = ('quarantine*.jsonl', 'tensorboard/*')  # what is appended to, which object stores cannot
 
 
 def step_folder(workdir: Path, step: int) -> Path:
@@ -45,9 +48,10 @@ def latest_step(workdir: Path) -> int | None:
 
     Raises:
         UserError: every finished step is damaged.
+        TryAgain: a file is there and cannot be read.
     """
-    seen = [step_numbers(workdir), step_numbers(workdir, committed=False)]
-    finished, begun = json.loads(agree.announce(f'steps {workdir}', json.dumps(seen)))
+    finished, begun = agree.decide(f'steps {workdir}',
+                                   lambda: [step_numbers(workdir), step_numbers(workdir, committed=False)])
     for step in begun:
         if step not in finished:
             _warn('%s was not finished when its run ended; it is not used.', step_folder(workdir, step))
@@ -83,7 +87,7 @@ def sound_frozen(workdir: Path, content: str, needed_by: Path) -> Path:
     folder = frozen_folder(workdir, content)
     advice = (f'copy frozen/{content} from another run of the same weights, or make it again: train one step of the same '
               'configuration (--gin.Train.steps=1) in another --workdir and copy it from there')
-    if not folder.is_dir():
+    if not agree.decide(f'there {folder}', folder.is_dir):
         raise UserError(f'{needed_by} needs the frozen weights in {folder}, which are missing; {advice}.')
     raise_if_damaged(folder, advice)
     return folder
@@ -95,8 +99,7 @@ def write_config(workdir: Path, config_text: str) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
         (workdir / 'config.gin').write_text(config_text)
     except Exception as error:  # an OSError, or one of an object store's library
-        told = getattr(error, 'strerror', None) or str(error).partition('\n')[0]
-        raise UserError(f'cannot write to the workdir {workdir}: {told}; give another folder.') from None
+        raise cannot_write(workdir, error) from error
 
 
 def copy_tokenizer(folder: str, workdir: Path) -> None:
@@ -121,29 +124,70 @@ def copy_tokenizer(folder: str, workdir: Path) -> None:
 
 def readable_tokenizer(workdir: Path) -> str:
     """The workdir's tokenizer as a local folder; '' where it has none."""
-    source, target = workdir / 'tokenizer', storage.local_side(workdir) / 'tokenizer'
+    source = workdir / 'tokenizer'
     if not source.is_dir():
         return ''
-    if target != source:
-        if target.is_dir():
-            storage.remove_folder(target)  # of an earlier look
-        storage.copy_files([path.name for path in source.iterdir()], source, target)
-    return str(target)
+    if storage.is_remote(workdir):
+        return _local_copy(source, storage.local_side(workdir))
+    return str(source)
+
+
+def quarantine_file() -> str:
+    """The name of this process's file of what could not be used: no two processes append to one."""
+    index = jax.process_index()
+    return 'quarantine.jsonl' if index == 0 else f'quarantine-{index:05}.jsonl'
 
 
 def send_logs(workdir: Path) -> None:
-    """Copies what a run appends to on this machine into a remote workdir."""
-    _copy_logs(storage.local_side(workdir), workdir, LOGS)
+    """Copies what this process appends to on its machine into a remote workdir. A failure is told; the next call tries
+    again."""
+    source = storage.local_side(workdir)
+    if source == workdir:
+        return
+    try:
+        storage.copy_files([quarantine_file()], source, workdir)
+        if jax.process_index() == 0:
+            board = 'tensorboard'
+            storage.copy_files([path.name for path in (source / board).glob('*')], source / board, workdir / board)
+    except Exception as error:  # the arrays are safe: no reason to end a run
+        log.warning('the logs could not be copied to %s: %s; the next checkpoint tries again.', workdir, first_line(error))
 
 
 def fetch_quarantine(workdir: Path) -> None:
-    """Copies what could not be used so far from a remote workdir to this machine, which goes on with it."""
-    _copy_logs(workdir, storage.local_side(workdir), LOGS[:1])
+    """Copies what this process could not use so far from a remote workdir to its machine, which goes on with it."""
+    target = storage.local_side(workdir)
+    if target != workdir:
+        storage.copy_files([quarantine_file()], workdir, target)
 
 
-def _copy_logs(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
-    for folder, _, pattern in (pattern.rpartition('/') for pattern in patterns if source != target):
-        storage.copy_files([path.name for path in (source / folder).glob(pattern)], source / folder, target / folder)
+def _local_copy(source: Path, parent: pathlib.Path) -> str:
+    """A local folder with the files of a remote one, named by their content: the processes of a host may make it at once."""
+    files = {path.name: path.read_bytes() for path in sorted(source.iterdir()) if path.is_file()}
+    digest = hashlib.sha256()
+    for name, content in files.items():
+        digest.update(f'{name} {len(content)} '.encode() + content)
+    target = parent / f'tokenizer-{digest.hexdigest()[:16]}'
+    if target.is_dir():
+        return str(target)
+    parent.mkdir(parents=True, exist_ok=True)
+    temporary = tempfile.mkdtemp(prefix='tokenizer-', suffix='.tmp', dir=parent)
+    for name, content in files.items():
+        pathlib.Path(temporary, name).write_bytes(content)
+    try:
+        os.rename(temporary, target)
+    except OSError:  # another process was first
+        shutil.rmtree(temporary)
+        if not target.is_dir():
+            raise
+    return str(target)
+
+
+def cannot_write(workdir: Path, error: Exception) -> UserError | TryAgain:
+    """Why a workdir cannot be written, in one sentence."""
+    told = f'cannot write to the workdir {workdir}: {first_line(error)}'
+    if mistake(error) or isinstance(error, FileExistsError | ValueError):  # a file is where it should be; no such name
+        return UserError(f'{told}; give another folder.')
+    return TryAgain(f'{told}; run the same command again.')
 
 
 def _warn(*message: object) -> None:

@@ -14,6 +14,7 @@ from vora_jax.training.checkpoints.storage import Path
 from vora_jax.training.checkpoints.trouble import first_line, mistake
 from vora_jax.types import Params, TryAgain, UserError
 
+
 class Writer:
     """Saves steps; at most one save is under way.
 

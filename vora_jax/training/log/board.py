@@ -22,6 +22,7 @@ class Board:
         values = [self._summary.Value(tag=tag, simple_value=value) for tag, value in scalars(row)]
         event = self._event(wall_time=time.time(), step=row['step'], summary=self._summary(value=values))
         self._writer.add_event(event)
+        self._writer.flush()  # a checkpoint may copy the file to an object store
 
     def close(self) -> None:
         self._writer.close()

@@ -6,7 +6,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from vora_jax.training.checkpoints.storage import Path
+from vora_jax.training.checkpoints.storage import Path, local_side
+from vora_jax.training.checkpoints.workdir import send_logs
 from vora_jax.training.log import json_lines, wandb_run
 from vora_jax.training.log.board import open_board
 from vora_jax.training.log.clock import Clock, Split
@@ -34,7 +35,7 @@ class Log:
             begun: when the process started, in seconds since 1970; now, if None.
             project, config_text: as `wandb_run.open_run` has them.
         """
-        self._yardstick, self._clock = yardstick, clock
+        self._workdir, self._yardstick, self._clock = workdir, yardstick, clock
         self._rates: list[float] = []
         self._shares: dict[str, list[float]] = {name: [] for name in PADDING}
         self._untimed, self._running = 0, False
@@ -45,7 +46,7 @@ class Log:
             # First, so that a process killed in between leaves at worst the same rows to count again.
             self._history = History(workdir, time.time() if begun is None else begun, start, rows)
             json_lines.rewrite(path, [row for row in rows if row.get('step', start + 1) <= start])
-            sinks = (json_lines.JsonLines(path), open_board(str(workdir / 'tensorboard'), start),
+            sinks = (json_lines.JsonLines(path), open_board(str(local_side(workdir) / 'tensorboard'), start),
                      wandb_run.open_run(project, workdir, config_text), Progress(start, steps))
             self._sinks = [sink for sink in sinks if sink]
 
@@ -102,4 +103,5 @@ class Log:
             self._history.spend(Split(0.0, 0.0, self._clock.take().save, 0.0))  # the last checkpoint
             goodput = self._history.goodput()
             self._history.close(complete)
+            send_logs(self._workdir)  # what was written since the last checkpoint
         return goodput

@@ -1,17 +1,20 @@
 """Profiler traces of chosen steps, on demand."""
 import contextlib
 import logging
+import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
 
-from vora_jax.training.checkpoints.storage import Path, local_side
+from vora_jax.training.checkpoints.storage import Path, is_remote, local_side
+from vora_jax.training.checkpoints.trouble import first_line
 
 log = logging.getLogger(__name__)
 
 TRIGGER = 'profile_now'  # a file of this name in the workdir, looked for at each row of metrics
 TRIGGERED_STEPS = 3
+REMOTE_SECONDS = 30  # between two looks into an object store
 
 
 class Profile:
@@ -29,6 +32,7 @@ class Profile:
         self._on = jax.process_index() == 0
         self._steps = (steps[0], steps[1]) if steps and self._on else (0, 0)
         self._since = 0  # first step of the trace under way
+        self._next_look, self._failed = 0.0, False
 
     def step(self, number: int, in_flight: Iterable[Any]) -> contextlib.AbstractContextManager:
         """The context to dispatch a step in; starts the trace before its first step, when those
@@ -48,10 +52,20 @@ class Profile:
 
     def look(self, number: int) -> None:
         """Takes the trigger file, if it is there: the steps after `number` will be traced."""
+        now = time.monotonic()
+        if not self._on or self._since or now < self._next_look:
+            return
+        if is_remote(self._workdir):
+            self._next_look = now + REMOTE_SECONDS
         trigger = self._workdir / TRIGGER
-        if self._on and not self._since and trigger.exists():
-            trigger.unlink()
-            self._steps = (number + 1, number + TRIGGERED_STEPS)
+        try:
+            if trigger.exists():
+                trigger.unlink()
+                self._steps = (number + 1, number + TRIGGERED_STEPS)
+        except Exception as error:  # no reason to end a run
+            if not self._failed:
+                log.warning('cannot look for %s: %s', trigger, first_line(error))
+            self._failed = True
 
     def close(self, number: int) -> None:
         """Ends a trace that the end of the run, after step `number`, cuts short."""
