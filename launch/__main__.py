@@ -71,6 +71,13 @@ def parser() -> argparse.ArgumentParser:
             '--env', action='append', default=[], metavar='NAME=VALUE', help='a variable of every host (repeatable)'
         )
         one.add_argument(
+            '--setup',
+            action='append',
+            default=[],
+            metavar='BASH',
+            help='what every host does before vora starts, such as a copy from gs:// (repeatable)',
+        )
+        one.add_argument(
             '--tpu-flags',
             action='append',
             default=[],
@@ -112,6 +119,7 @@ def plan(args: argparse.Namespace, arguments: tuple[str, ...]) -> list[steps.Ste
         accelerator,
         args.max_restarts,
         args.grace_seconds,
+        tuple(args.setup),
     )
     return kind.steps(job, args, args.action)
 

@@ -25,6 +25,7 @@ class Job:
     environment: variables of every host, in order.
     code: 'checkout' (this folder), 'installed' (the hosts have it), or 'git+URL@REF'.
     accelerator: 'tpu', 'cuda' or 'cpu': the extra that is installed.
+    setup: bash that every host runs in the folder of the code before each start.
     max_restarts: after crashes; a user's mistake (exit code 2) is never tried again.
     grace_seconds: between SIGTERM and SIGKILL.
     """
@@ -36,6 +37,7 @@ class Job:
     accelerator: str = 'tpu'
     max_restarts: int = 10
     grace_seconds: int = 300
+    setup: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Raises UserError for what a cloud would refuse, or only notice late."""
@@ -44,8 +46,8 @@ class Job:
                 f"--name {self.name!r} would be refused: use 1 to 40 of a-z, 0-9 and '-', a letter first and no '-' "
                 'last; titles with spaces belong in --workdir.'
             )
-        if any('\0' in word for word in self.arguments):
-            raise UserError('the arguments after -- contain a NUL byte, which no program can receive; remove it.')
+        if any('\0' in word for word in (*self.arguments, *self.setup)):
+            raise UserError('the arguments after -- or --setup contain a NUL byte, which no program can receive; remove it.')
         if _USER.fullmatch(self.code):
             raise UserError(
                 '--code: the URL names a user or a token in front of @HOST, which scripts and --dry-run would show; use '

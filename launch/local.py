@@ -33,6 +33,8 @@ def steps(job: Job, args: argparse.Namespace, action: str) -> list[Step]:
         raise UserError('--processes and --devices must be 1 or more.')
     if job.code != 'installed':
         raise UserError('--code: local runs what is installed beside this Python; leave it out.')
+    if job.setup:
+        raise UserError('--setup: local starts on this machine; do it here first, and leave it out.')
     argv = [sys.executable, '-m', 'vora_jax.cli.main', *job.arguments]
 
     def variables(port: str) -> list[dict[str, str]]:

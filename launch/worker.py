@@ -89,8 +89,8 @@ find_python() {
 """
 
 
-# Extras of setup.cfg, and the package that opens gs:// for the extra `remote`.
-EXTRAS = {'tpu': ('tpu,remote', ' gcsfs'), 'cuda': ('cuda,remote', ''), 'cpu': ('remote', '')}
+# Extras of setup.cfg: the accelerator, and what reads gs:// and Parquet.
+EXTRAS = {'tpu': 'tpu,remote,parquet', 'cuda': 'cuda,remote,parquet', 'cpu': 'remote,parquet'}
 
 
 def script(job: Job, prelude: Sequence[str] = (), restarts: int = 0, install: Sequence[str] = ()) -> str:
@@ -113,6 +113,7 @@ def script(job: Job, prelude: Sequence[str] = (), restarts: int = 0, install: Se
         f'workdir={quote(job.workdir)}',
         *_RUN.splitlines(),
         *install,
+        *(f'bash -euo pipefail -c {quote(line)} || {{ say "--setup failed, exit code $?"; exit 1; }}' for line in job.setup),
         '',
         'version=$(vora --version) || { say "vora does not start here; is it installed?"; exit 2; }',
         'say "$version, $(nproc) CPUs, $(df -h . | awk \'NR == 2 { print $4 }\') of disk left"',
@@ -135,7 +136,7 @@ def install_lines(job: Job, source: str, folder: str) -> list[str]:
     if source == 'installed':
         return []
     url, ref = job.git
-    extras, store = EXTRAS[job.accelerator]
+    extras = EXTRAS[job.accelerator]
     bring = {
         'tar': [
             f'code={folder}/code version=$(cksum <{folder}/code.tar.gz)',
@@ -163,7 +164,7 @@ def install_lines(job: Job, source: str, folder: str) -> list[str]:
         '    "$python" -m venv "$venv"',
         # Editable: `here` may change without being installed again.
         '    pip=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check)',
-        f'    again "${{pip[@]}}" --editable "${{code}}[{extras}]"{store}',
+        f'    again "${{pip[@]}}" --editable "${{code}}[{extras}]"',
         '    echo "$version" >"$venv/version"',
         'fi',
         'export PATH=$venv/bin:$PATH',

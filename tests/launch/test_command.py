@@ -79,6 +79,7 @@ def test_a_dry_run_prints_all_and_runs_nothing(kind, capsys, tmp_path, monkeypat
     (['tpu-vm', '--name=a', '--zone=z', '--env=LIBTPU_INIT_ARGS=-x', *TRAIN], "has '-x', which is not --name=value"),
     (['local', '--name=a', '--code=http://x', *TRAIN], "--code 'http://x' is not"),
     (['local', '--name=a', '--processes=0', *TRAIN], '--processes and --devices must be 1 or more'),
+    (['local', '--name=a', '--setup=true', *TRAIN], '--setup: local starts on this machine'),
     (['local', '--name=a', '--max-restarts=-1', *TRAIN], '--max-restarts must be 0 or more'),
 ])
 def test_a_mistake_is_told_in_one_sentence(words, sentence, capsys):

@@ -80,6 +80,18 @@ cd '{steps}' && for file in */SHA256.json; do echo "gs://b/a run/steps/$file"; d
     assert [line.split()[1] for line in out.splitlines() if line.startswith('CALLED')] == codes[:6], out
 
 
+def test_setup_comes_first_and_its_failure_is_told(trainer):
+    for line, ends in (('echo "a  b" >"$HOME/made"', 0), ('false; true', 1)):
+        (trainer.home / 'codes').write_text('0\n')
+        text = next(s.text for s in planned('tpu-vm', '--code=installed', f'--setup={line}') if isinstance(s, File))
+        (trainer.home / 'my-run').mkdir(exist_ok=True)
+        (trainer.home / 'my-run' / 'worker.sh').write_text(text)
+        code, out = trainer.run(['bash', 'my-run/worker.sh'])
+        assert code == ends and ('--setup failed, exit code 1' in out) == bool(ends), out
+        assert ('CALLED 0' in out) == (not ends)
+    assert (trainer.home / 'made').read_text() == 'a  b\n'
+
+
 def test_the_worker_knows_a_finished_step():
     from vora_jax.training.checkpoints import checksum
     assert f'/steps/*/{checksum.SIDECAR}' in worker.script(Job('a'))
@@ -194,4 +206,4 @@ def test_the_code_is_installed_once_for_each_version(trainer):
     (trainer.home / install.path).parent.mkdir(parents=True)
     (trainer.home / install.path).write_text(install.text)
     assert ['INSTALLS' in trainer.run(['bash', str(install.path)])[1] for _ in range(2)] == [True, False]
-    assert 'code[tpu,remote] gcsfs' in out
+    assert 'code[tpu,remote,parquet]' in out

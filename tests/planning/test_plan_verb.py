@@ -33,7 +33,7 @@ def check(found, devices=4):
     memory, traffic = found['memory'], found['traffic']
     held = sum(memory[f'{part}_bytes'] for part in ('trainable', 'optimizer', 'frozen', 'teacher'))
     assert found['devices'] == devices and 0 < held < found['peak_bytes']
-    told = held + memory['teacher_features_bytes'] + memory['working_bytes']
+    told = held + (memory['teacher_features_bytes'] or 0) + memory['working_bytes']
     assert told == pytest.approx(found['peak_bytes'])
     assert traffic['wire_bytes'] == pytest.approx(sum(one['wire_bytes'] for one in found['collectives']))
     assert {one['kind'] for one in found['collectives']} >= {'all-gather', 'reduce-scatter'}

@@ -247,4 +247,4 @@ def test_memory_of_7b_is_estimated_as_the_compiler_does():
     for remat, size in measured.items():
         one = search.Candidate(tuple(mesh.items()), 'compiler', remat, 1)
         expected = search.least_bytes(one, arrays, 256, kept.row_bytes(config, remat) + layer) / 2**30
-        assert 0.95 * size < expected < size / search.MARGIN, (remat, expected)  # measured: 1.00 to 1.13
+        assert 0.95 * size < expected < size / search.MARGIN, (remat, expected)  # measured: 0.99 to 1.10

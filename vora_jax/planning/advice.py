@@ -26,10 +26,13 @@ def changes(config: Train, facts: Facts, topology: Topology) -> list[Change]:
     data, fsdp = mesh['data'], mesh['fsdp']
     micro, remat = config.batch_rows // config.accumulation, remat_of(config)
     if remat in REMATS:
-        kept = {name: row_bytes(config, name) * micro / math.prod(mesh.values()) for name in REMATS}
+        rows = micro / math.prod(mesh.values())
+        kept = {name: row_bytes(config, name) * rows for name in REMATS}
+        gradients = facts.parts.get('trainable', 0) * (2 if config.accumulation > 1 else 1)
+        besides = held + gradients + row_bytes(config, REMATS[-1], one_layer=True) * rows
         for fuller in reversed(REMATS[:REMATS.index(remat)]):
             found.append(Change((f'--gin.LanguageModel.remat={fuller}',), 'computes more again in the backward pass',
-                                facts.peak_bytes - kept[remat] + kept[fuller]))
+                                max(facts.peak_bytes - kept[remat], besides) + kept[fuller]))
     if data % topology.slices == 0 and data > topology.slices:
         wider = mesh | {'data': topology.slices, 'fsdp': fsdp * (data // topology.slices)}
         now = sum(part_bytes(facts.held, wider).values())

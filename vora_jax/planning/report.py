@@ -59,7 +59,7 @@ def lines(found: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, ...]]]]:
         name = f'teacher features, {memory["teacher_feature_stacks"]} of {shape}'
         held.append((name, _size(memory['teacher_features_bytes'])))
     elif memory['teacher_feature_stacks'] is None:
-        held.append(('teacher features', 'unknown, counted below'))
+        held.append(('teacher features', 'unknown: none found in HBM; counted below'))
     held += [('activations, gradients and temporaries', _size(memory['working_bytes'])), ('at most at once', _size(peak)),
              (f'usable of a {found["chip"]}', _size(usable))]
     moved = [('', 'dtype', 'over', 'GB', 'runs', '')]
