@@ -44,8 +44,10 @@ def one_step(name, sizes):
     return jax.device_get(metrics), after
 
 
-@pytest.mark.parametrize('name', METHODS)
-@pytest.mark.parametrize('sizes', [pytest.param((8, 1, 1), marks=pytest.mark.slow), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize('sizes, name', [
+    # test_meshes.py has routed mixtures on other meshes.
+    pytest.param(sizes, name, marks=[pytest.mark.slow] if sizes[0] == 8 or name == 'lavin' else [])
+    for sizes in ((8, 1, 1), (2, 2, 2)) for name in METHODS], ids=str)
 def test_every_mesh_gives_the_same_step(name, sizes):
     (metrics, params), (expected, whole) = one_step(name, sizes), one_step(name, (1, 1, 1))
     assert expected['loss'] > 0.1

@@ -64,6 +64,7 @@ except UserError as error:
 """
 
 
+@pytest.mark.slow
 def test_checkpoints_are_saved_checked_and_removed_there(store, tmp_path):
     (tmp_path / 'script.py').write_text(SCRIPT)
     told = python(store, tmp_path, str(tmp_path / 'script.py'), str(tmp_path), 'save')
