@@ -7,7 +7,7 @@ import tiny_mesh_runs
 
 # (data, fsdp, tensor, context) devices.
 MESHES = {'data': (8, 1, 1), 'fsdp': (1, 8, 1), 'fsdp x tensor': (1, 2, 4), 'fsdp x tensor, the other way': (1, 4, 2),
-          'data x fsdp x context': (2, 2, 1, 2)}
+          'data x fsdp x context': (2, 2, 1, 2), 'two hop': (2, 4, 1, 1, 'two_hop')}
 WITHIN = 1e-5  # the largest difference met was 4.8e-6 of losses of 6 to 8: a few units in the last place of f32
 
 
