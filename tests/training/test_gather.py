@@ -91,10 +91,12 @@ def test_micro_batches_in_shards_give_the_step_of_one_device(sizes):
         np.testing.assert_allclose(actual[path], value, atol=2e-5, err_msg=path)
 
 
-def test_gathered_weights_are_not_kept_for_the_backward_pass():
+@pytest.mark.parametrize('trainable', [('*',), ('decoder/*norm/scale',)])
+def test_gathered_weights_are_not_kept_for_the_backward_pass(trainable):
     """Without rematerialisation too: all layers' would be the whole model on each device."""
     llm = dataclasses.replace(tiny_run.LLM, num_layers=8, width=128, mlp_width=512)
-    stage, on = variants.language_model(llm).stage('pretrain'), mesh(fsdp=8)
+    stage = dataclasses.replace(variants.language_model(llm).stage('pretrain'), trainable=trainable)
+    on = mesh(fsdp=8)
     batch = tiny_run.batch(text_only=True)
     with sharding.use(on):
         plan = state.plan(stage, Optimizer(), batch, on, 'float32')

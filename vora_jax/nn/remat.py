@@ -27,7 +27,8 @@ ADDED = {
     'matmuls': ('gate_proj', 'up_proj'),
 }
 
-GATHERS = ('all_gather', 'sharding_constraint', 'convert_element_type')  # primitives that make a cut weight whole
+# Primitives that make a cut weight whole; a frozen one's gather is a call that is not differentiated.
+GATHERS = ('all_gather', 'sharding_constraint', 'convert_element_type', 'custom_vjp_call')
 
 
 def kept(remat: Remat) -> tuple[str, ...]:
