@@ -30,10 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def steps(job: Job, args: argparse.Namespace, action: str) -> list[Step]:
     """The steps of an action."""
-    if action == 'create' and not args.topology:
-        raise UserError('create needs --topology, for example v5e:4x4.')
-    if action == 'logs' and not args.topology:
-        raise UserError('logs needs --topology and --slices, as in the command that created it: each host is asked.')
+    tpu_vm.raise_without_topology(args, action, '--topology and --slices')
     if args.slices < 1:
         raise UserError('--slices must be 1 or more.')
     where = tpu_vm.location(args)

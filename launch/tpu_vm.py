@@ -30,12 +30,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--service-account', metavar='EMAIL', help='identity of the VMs, which opens gs:// for them')
 
 
+def raise_without_topology(args: argparse.Namespace, action: str, size: str) -> None:
+    """UserError for an action that cannot do without it; `size` names the arguments that tell how many hosts there are."""
+    if args.topology:
+        return
+    if action == 'create':
+        raise UserError('create needs --topology, for example v5e:4x4.')
+    if action == 'logs':
+        raise UserError(f'logs needs {size}, as in the command that created it: each host is asked for its log.')
+
+
 def steps(job: Job, args: argparse.Namespace, action: str) -> list[Step]:
     """The steps of an action."""
-    if action == 'create' and not args.topology:
-        raise UserError('create needs --topology, for example v5e:4x4.')
-    if action == 'logs' and not args.topology:
-        raise UserError('logs needs --topology, as in the command that created it: each host is asked for its log.')
+    raise_without_topology(args, action, '--topology')
     where, everyone = location(args), ('--worker=all',)
     create = [create_slice(job, args)] if args.topology else []
     return {
