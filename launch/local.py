@@ -116,15 +116,18 @@ def _watch(processes: list[subprocess.Popen], shown: object) -> int | None:
     while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
         sys.stdout.write(shown.read().decode(errors='replace'))
         sys.stdout.flush()
-        failed = [number for number, process in enumerate(processes) if process.poll()]
-        if failed and guilty is None:
-            # Those that a signal ended come first: the others fail because of them.
-            guilty = min(failed, key=lambda number: (processes[number].returncode > 0, number))
-            deadline = time.monotonic() + FOLLOW_SECONDS
+        if guilty is None:
+            guilty = _guilty(processes)
+            deadline = float('inf') if guilty is None else time.monotonic() + FOLLOW_SECONDS
         time.sleep(0.1)
     sys.stdout.write(shown.read().decode(errors='replace'))
+    return _guilty(processes) if guilty is None else guilty
+
+
+def _guilty(processes: list[subprocess.Popen]) -> int | None:
+    """Of those that have failed by now: one that a signal ended comes first, as the others fail because of it."""
     failed = [number for number, process in enumerate(processes) if process.poll()]
-    return guilty if guilty is not None or not failed else failed[0]
+    return min(failed, key=lambda number: (processes[number].returncode > 0, number), default=None)
 
 
 def _free_port() -> int:

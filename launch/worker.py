@@ -35,6 +35,7 @@ keep_running() {
         started=$SECONDS code=0
         "$@" &
         child=$!
+        [[ -z $told ]] || tell "$told"  # told before the child had a number
         wait "$child" || code=$?
         # A trap ends `wait` early: the trainer is still saving.
         while kill -0 "$child" 2>/dev/null; do code=0; wait "$child" || code=$?; done

@@ -8,6 +8,7 @@ import subprocess
 import pytest
 
 from launch import __main__ as command
+from launch.steps import Ensure
 
 TAIL = ['--gin.Train.steps=3', '--gin_bindings', "Data.name = 'it''s; \"x\" $(touch /tmp/never) `id`'\nTrain.steps = 4"]
 # Everything that a shell, YAML or Kubernetes might take for its own.
@@ -84,6 +85,15 @@ class Host:
         done = self.start(argv, **variables)
         out, _ = done.communicate(timeout=60)
         return done.returncode, out
+
+
+def xpk_command(host):
+    """What xpk runs in a container, with its script in the host's home: the tests share one /tmp."""
+    create = next(step.create for step in planned('xpk') if isinstance(step, Ensure))
+    line = next(word for word in create if word.startswith('--command=')).removeprefix('--command=')
+    path = line.split()[-1]
+    assert path.startswith('/tmp/')
+    return line.replace(path, str(host.home / 'script.sh'))
 
 
 def received(output):

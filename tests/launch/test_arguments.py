@@ -2,7 +2,6 @@
 
 import base64
 import os
-import pathlib
 import random
 import shlex
 import subprocess
@@ -10,7 +9,7 @@ import sys
 
 import pytest
 import yaml
-from fake_hosts import ARGUMENTS, host, planned, received  # noqa: F401 (a fixture)
+from fake_hosts import ARGUMENTS, host, planned, received, xpk_command  # noqa: F401 (a fixture)
 
 from launch import shell
 from launch.steps import Command, Ensure, File, Here, show
@@ -64,10 +63,9 @@ def test_on_tpu_vms(host, kind, options):  # noqa: F811
 def test_through_xpk_and_kubernetes(host):  # noqa: F811
     argv = next(step.create for step in planned('xpk') if isinstance(step, Ensure))
     assert argv[:3] == ('xpk', 'workload', 'create')
-    line = next(word for word in argv if word.startswith('--command=')).removeprefix('--command=')
+    line = xpk_command(host)
     assert line.isprintable() and '$' not in line  # xpk cuts at line ends, Kubernetes rewrites `$`
     check(*host.run(['bash', '-c', f'({line}) & wait $!']))
-    pathlib.Path(line.split()[-1]).unlink()
     assert base64.b64decode(line.split()[1]).decode() == file_of(planned('xpk'), 'worker.sh')
 
 

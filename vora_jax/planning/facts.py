@@ -1,4 +1,5 @@
 """What a compiled step needs and sends."""
+import math
 import pathlib
 import re
 from typing import NamedTuple
@@ -81,9 +82,7 @@ def facts(folder: pathlib.Path, finished: child.Finished, data_loops: int, items
     live, stack = dumped(folder, 'live-range.txt'), plan['stack'] and tuple(plan['stack'])
     assignment = dumped(folder, 'optimizations-buffer-assignment.txt') if stack else ''
     stacks = live_at_once(assignment, live, stack, itemsize, text) if stack else 0
-    stack_bytes = itemsize
-    for size in stack or (0,):
-        stack_bytes *= size
+    stack_bytes = itemsize * math.prod(stack or (0,))
     needed = (peak_bytes(dumped(folder, 'memory-usage-report.txt')) or result.get('peak_bytes')
               or (exceeded(errors + result.get('exhausted', '')) or (0,))[0])
     if not needed:

@@ -4,6 +4,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+import jax
+
 from vora_jax.params import flatten
 from vora_jax.training.state import Plan
 
@@ -49,7 +51,6 @@ def held(plan: Plan) -> tuple[Held, ...]:
         axes = tuple((axis,) if isinstance(axis, str) else tuple(axis or ()) for axis in leaf.sharding.spec)
         found.append(Held(part, path, tuple(leaf.shape), leaf.dtype.itemsize, axes))
 
-    import jax  # late: what is written down is read without it
     for path, leaf in flatten(plan.state.trainable).items():
         add('trainable', path, leaf)
     for path, leaf in jax.tree_util.tree_leaves_with_path(plan.state.opt_state):

@@ -1,4 +1,5 @@
 """The plan as JSON and as text."""
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,12 +24,10 @@ def results(config: Train, topology: Topology, facts: Facts, itemsize: int, work
     least = least_traffic(facts.held, facts.mesh, itemsize, config.accumulation)
     wire = sum(one.wire_bytes for one in facts.collectives)
     fits = 0 < facts.peak_bytes <= usable
-    devices = 1
-    for size in facts.mesh.values():
-        devices *= size
     found = {
-        'topology': topology.name, 'slices': topology.slices, 'chip': topology.kind, 'devices': devices, 'mesh': facts.mesh,
-        'gather': config.mesh.gather, 'batch_rows': config.batch_rows, 'accumulation': config.accumulation,
+        'topology': topology.name, 'slices': topology.slices, 'chip': topology.kind,
+        'devices': math.prod(facts.mesh.values()), 'mesh': facts.mesh, 'gather': config.mesh.gather,
+        'batch_rows': config.batch_rows, 'accumulation': config.accumulation,
         'remat': remat_of(config), 'attention': facts.attention, 'fits': fits, 'usable_bytes': usable,
         'peak_bytes': facts.peak_bytes,
         'memory': {**{f'{part}_bytes': size for part, size in facts.parts.items()},
