@@ -1,6 +1,7 @@
 """Child processes that stand for the compiler."""
 import os
 import signal
+import subprocess
 import sys
 import textwrap
 import time
@@ -86,6 +87,26 @@ def test_being_ended_takes_the_child_along(number, tmp_path):
     assert ended.value.code == 128 + number and signal.getsignal(number) == before
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / 'pid').read_text()), 0)
+
+
+def test_a_killed_parent_takes_the_child_along(tmp_path):
+    beats = tmp_path / 'beats'
+    script = ("import os, time; from vora_jax.planning.child import end_with_parent; end_with_parent(); "
+              "out = open('beats', 'ab', 0)\nfor _ in range(1200):\n    out.write(b'.'); time.sleep(0.05)")
+    parent = subprocess.Popen([sys.executable, '-c', 'import os, pathlib, sys; from vora_jax.planning import child; '
+                               'child.run([sys.executable, "-c", sys.argv[1]], dict(os.environ), '
+                               'pathlib.Path(sys.argv[2]), False, 60.0)', script, str(tmp_path)])
+    deadline = time.monotonic() + 50
+    while not beats.exists():
+        assert parent.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    parent.kill()
+    parent.wait()
+    before = -1
+    while beats.stat().st_size > before:  # not by its number: without an `init` a dead orphan keeps that
+        assert time.monotonic() < deadline
+        before = beats.stat().st_size
+        time.sleep(2)
 
 
 def test_xla_writes_into_a_folder_with_a_space(tmp_path):

@@ -4,7 +4,7 @@ import pathlib
 import sys
 
 from vora_jax.cli import gin_config
-from vora_jax.planning import compile_step, topology
+from vora_jax.planning import child, compile_step, topology
 from vora_jax.types import UserError
 
 REQUEST = 'request.json'
@@ -12,6 +12,7 @@ REQUEST = 'request.json'
 
 def main(folder: str) -> int:
     """Reads REQUEST from the folder and compiles; 0, or 2 after a user's mistake, told in one sentence."""
+    child.end_with_parent()
     request = json.loads(pathlib.Path(folder, REQUEST).read_text(encoding='utf-8'))
     try:
         config, _ = gin_config.load('Train', texts=[request['config']])

@@ -39,7 +39,8 @@ def run(command: Sequence[str], environment: Mapping[str, str], folder: pathlib.
         progress: Callable[[float], None] = lambda seconds: None) -> Finished:
     """Runs the command until it ends, or, if `quick`, until XLA has assigned the buffers; then it is killed.
 
-    It runs in `folder`. SIGTERM and SIGHUP end it too, as Ctrl-C does, and then this process with code 128 + signal.
+    It runs in `folder`, and should call `end_with_parent`. SIGTERM and SIGHUP end it too, as Ctrl-C does, and then this
+    process with code 128 + signal.
 
     Args:
         command: writes RESULT into `folder`, or one sentence about a user's mistake to stderr with exit code 2.
@@ -53,7 +54,7 @@ def run(command: Sequence[str], environment: Mapping[str, str], folder: pathlib.
     begun = time.monotonic()
     with open(folder / ERRORS, 'wb') as errors:
         child = subprocess.Popen(list(command), env=dict(environment), stdout=subprocess.DEVNULL, stderr=errors,
-                                 stdin=subprocess.DEVNULL, cwd=folder)
+                                 stdin=subprocess.PIPE, cwd=folder)  # see `end_with_parent`
     ended, killed, sizes = None, '', ()
     before_signals = {}
     try:
@@ -80,6 +81,7 @@ def run(command: Sequence[str], environment: Mapping[str, str], folder: pathlib.
         if ended is None:
             child.kill()
             child.wait()
+        child.stdin.close()
         for number, handler in before_signals.items():
             signal.signal(number, handler)
     child.returncode = os.waitstatus_to_exitcode(ended[0])  # else Popen would wait for it again
@@ -91,6 +93,16 @@ def run(command: Sequence[str], environment: Mapping[str, str], folder: pathlib.
     if not complete and killed != 'quick':
         _explain(child.returncode, (folder / ERRORS).read_text(encoding='utf-8', errors='replace'))
     return Finished(time.monotonic() - begun, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, complete)
+
+
+def end_with_parent() -> None:
+    """Called by the child: it ends when `run` is gone, also by SIGKILL, which closes the pipe that is its stdin."""
+    def wait() -> None:
+        while os.read(0, 1):
+            pass
+        os._exit(1)
+
+    threading.Thread(target=wait, name='parent', daemon=True).start()
 
 
 def _end(number: int, _) -> None:
