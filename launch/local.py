@@ -74,11 +74,7 @@ def supervise(job: Job, argv: list[str], variables: list[dict[str, str]]) -> int
     logs.mkdir(parents=True, exist_ok=True)
     files = [open(logs / f'{number}.log', 'wb') for number in range(len(variables))]
     shown = open(logs / '0.log', 'rb')
-    # A session of their own: the terminal's Ctrl-C reaches this program only.
-    processes = [
-        subprocess.Popen(argv, env=os.environ | each, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
-        for each, file in zip(variables, files)
-    ]
+    processes: list[subprocess.Popen] = []
     told: list[int] = []
 
     def tell(number: int, _: object) -> None:
@@ -89,6 +85,13 @@ def supervise(job: Job, argv: list[str], variables: list[dict[str, str]]) -> int
 
     previous = {number: signal.signal(number, tell) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
+        for each, file in zip(variables, files):
+            if told:
+                break
+            # A session of their own: the terminal's Ctrl-C reaches this program only.
+            processes.append(
+                subprocess.Popen(argv, env=os.environ | each, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+            )
         guilty = _watch(processes, shown)
     finally:
         for process in processes:
@@ -99,8 +102,10 @@ def supervise(job: Job, argv: list[str], variables: list[dict[str, str]]) -> int
             signal.signal(number, old)
         for file in (*files, shown):
             file.close()
+    if told and (guilty is None or processes[guilty].returncode < 0):  # ended before it could save, or by a second signal
+        return {signal.SIGTERM: 143, signal.SIGINT: 130}[told[0]]
     if guilty is None:
-        return {signal.SIGTERM: 143, signal.SIGINT: 130}[told[0]] if told else 0
+        return 0
     code = processes[guilty].returncode
     end = (logs / f'{guilty}.log').read_text(errors='replace').splitlines()[-20:]
     what = f'was ended by {signal.Signals(-code).name}' if code < 0 else f'ended first, with exit code {code}'
