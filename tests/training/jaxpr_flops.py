@@ -36,7 +36,7 @@ def _equation(eqn, used, trips):
         contracted = math.prod(eqn.invars[0].aval.shape[dim] for dim in params['dimension_numbers'][0][0])
         return 2 * math.prod(eqn.outvars[0].aval.shape) * contracted, everything
     if name == 'scan':
-        consts, carry = params['num_consts'], params['num_carry']
+        consts, carry = _scan_inputs(params)
         flops, used_in = _loop(params['jaxpr'].jaxpr, used, consts, carry, trips)
         return flops * params['length'], used_in
     if name == 'while':
@@ -53,6 +53,14 @@ def _equation(eqn, used, trips):
         return _count(getattr(body, 'jaxpr', body), used, trips)
     assert name in PLAIN or not any(hasattr(value, 'eqns') or hasattr(value, 'jaxpr') for value in params.values()), name
     return 0, everything
+
+
+def _scan_inputs(params):
+    """How many constants and carried values come first among the inputs of a scan."""
+    if 'num_consts' in params:
+        return params['num_consts'], params['num_carry']
+    consts, carry, _ = params['ft_in'].unpack()  # from JAX 0.12 on
+    return len(consts), len(carry)
 
 
 def _loop(body, used, consts, carry, trips):

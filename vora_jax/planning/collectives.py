@@ -72,7 +72,7 @@ def collectives(text: str, mesh: Mapping[str, int], data_loops: int = 1) -> tupl
         for one in instructions:
             kind = one.opcode.removesuffix('-start')
             if kind in KINDS and not goes_on:
-                group = _group(one.attributes, mesh)
+                group = first_group(one.attributes, mesh)
                 for gather, size, dtype in _sizes(program, instructions, one, kind, len(group)):
                     scatters = kind == 'all-reduce' and 'all-reduce-scatter' in name
                     key = ('reduce-scatter' if scatters else kind, dtype, _axes(group, mesh), len(group),
@@ -104,6 +104,33 @@ def wire_bytes(found: Iterable[Collective]) -> tuple[dict[int, float], float]:
         else:
             within[one.group] = within.get(one.group, 0.0) + one.wire_bytes
     return within, between
+
+
+def first_group(attributes: str, mesh: Mapping[str, int]) -> tuple[int, ...]:
+    """Devices of the first group of a collective, by its attributes; `mesh` as in `collectives`."""
+    devices = np.arange(int(np.prod(list(mesh.values()))))
+    if pairs := re.search(r'source_target_pairs=\{\{(\d+),(\d+)\}', attributes):
+        every = re.findall(r'\{(\d+),(\d+)\}', attributes[pairs.start():attributes.find('}}', pairs.start()) + 1])
+        return next(((int(a), int(b)) for a, b in every if a != b), (0,))
+    if named := re.search(r'replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^ {]*)\))? \{([^}]*)\}', attributes):
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
+        if named[2]:
+            devices = _iota(named[2])
+        split, chosen = [], []
+        parts = {name: (int(before or 1), int(size or sizes[name]))
+                 for name, before, size in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", named[3])}
+        for name, size in sizes.items():  # an axis may take part with a piece of its own
+            before, part = parts.get(name, (1, 1))
+            chosen += [len(split) + 1] if name in parts else []
+            split += [before, part, size // (before * part)]
+        devices = devices.reshape(split)
+        index = tuple(slice(None) if i in chosen else 0 for i in range(len(split)))
+        return tuple(devices[index].ravel().tolist())
+    if listed := re.search(r'replica_groups=\{\{([\d,]+)\}', attributes):
+        return tuple(int(device) for device in listed[1].split(','))
+    if iota := re.search(r'replica_groups=(\[[\d,]+\])<=(\[[\d,]+\](?:T\([\d,]+\))?)', attributes):
+        return tuple(_iota(iota[2]).reshape(_numbers(iota[1]))[0].tolist())
+    return tuple(devices.tolist())
 
 
 def _sizes(program: Program, around: list[Instruction], one: Instruction, kind: str, group: int):
@@ -138,33 +165,6 @@ def _is_padded_part(program: Program, by_name: Mapping[str, Instruction], one: I
         return False
     target = by_name.get(one.operands[0])
     return target is None or target.opcode not in ('parameter', 'get-tuple-element')
-
-
-def _group(attributes: str, mesh: Mapping[str, int]) -> tuple[int, ...]:
-    """Devices of the first group of an instruction."""
-    devices = np.arange(int(np.prod(list(mesh.values()))))
-    if pairs := re.search(r'source_target_pairs=\{\{(\d+),(\d+)\}', attributes):
-        every = re.findall(r'\{(\d+),(\d+)\}', attributes[pairs.start():attributes.find('}}', pairs.start()) + 1])
-        return next(((int(a), int(b)) for a, b in every if a != b), (0,))
-    if named := re.search(r'replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^ {]*)\))? \{([^}]*)\}', attributes):
-        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
-        if named[2]:
-            devices = _iota(named[2])
-        split, chosen = [], []
-        parts = {name: (int(before or 1), int(size or sizes[name]))
-                 for name, before, size in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", named[3])}
-        for name, size in sizes.items():  # an axis may take part with a piece of its own
-            before, part = parts.get(name, (1, 1))
-            chosen += [len(split) + 1] if name in parts else []
-            split += [before, part, size // (before * part)]
-        devices = devices.reshape(split)
-        index = tuple(slice(None) if i in chosen else 0 for i in range(len(split)))
-        return tuple(devices[index].ravel().tolist())
-    if listed := re.search(r'replica_groups=\{\{([\d,]+)\}', attributes):
-        return tuple(int(device) for device in listed[1].split(','))
-    if iota := re.search(r'replica_groups=(\[[\d,]+\])<=(\[[\d,]+\](?:T\([\d,]+\))?)', attributes):
-        return tuple(_iota(iota[2]).reshape(_numbers(iota[1]))[0].tolist())
-    return tuple(devices.tolist())
 
 
 def _iota(text: str) -> np.ndarray:
