@@ -74,7 +74,9 @@ def name_of(case):
 @pytest.mark.parametrize('case', [(2048, 128, 4), (8192, 64, 1)], ids=name_of)
 def test_forward_and_backward_lower(case):
     """Triton's modules are made and verified; no plugin is needed."""
-    text = jax.jit(both).trace(*arrays(None, *case)).lower(lowering_platforms=('cuda',)).as_text()
+    absent = jax.sharding.AbstractDevice('NVIDIA H100 80GB HBM3', None, 'gpu')  # JAX 0.12 asks which one it is
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=absent)):
+        text = jax.jit(both).trace(*arrays(None, *case)).lower(lowering_platforms=('cuda',)).as_text()
     assert all(name in text for name in KERNELS)
 
 
