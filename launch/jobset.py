@@ -6,7 +6,7 @@ from typing import Any
 
 from launch import topology, worker, yaml_text
 from launch.job import Job
-from launch.steps import Command, Ensure, File, Step
+from launch.steps import Command, Ensure, File, Step, fetch
 from vora_jax.types import UserError
 
 HELP = 'A JobSet of Cloud TPU slices on a GKE cluster that has JobSet installed, as YAML for kubectl.'
@@ -83,18 +83,16 @@ def ensure(
 def log_commands(job: Job, kubectl: tuple[str, ...], slices: int, hosts: int) -> list[Step]:
     """Writes the log of each worker to a file of its own; JobSet labels the pods."""
     labels = 'jobset.sigs.k8s.io/jobset-name={},jobset.sigs.k8s.io/job-index={},batch.kubernetes.io/job-completion-index={}'
-    return [
-        Command(('mkdir', '-p', str(job.folder / 'logs'))),
-        *(
-            Command(
-                (*kubectl, 'logs', '--tail=-1', '--selector=' + labels.format(job.name, number, host)),
-                output=job.folder / 'logs' / f'{number}-{host}.log',
-                optional=True,
+    return fetch(
+        job.folder / 'logs',
+        {
+            f'{number}-{host}.log': (
+                (*kubectl, 'logs', '--tail=-1', '--selector=' + labels.format(job.name, number, host))
             )
             for number in range(slices)
             for host in range(hosts)
-        ),
-    ]
+        },
+    )
 
 
 def container_install(job: Job, image: str | None) -> list[str]:

@@ -5,7 +5,7 @@ import pathlib
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from launch.shell import join, quote
@@ -71,6 +71,12 @@ class Here(NamedTuple):
 
 
 Step = File | Command | Wait | Ensure | Here
+
+
+def fetch(folder: pathlib.PurePath, asked: Mapping[str, tuple[str, ...]]) -> list[Step]:
+    """Writes what each program prints to the file of its name in a folder; one that fails is passed over."""
+    make = Command(('mkdir', '-p', str(folder)))
+    return [make, *(Command(argv, output=folder / name, optional=True) for name, argv in asked.items())]
 
 
 def show(steps: Sequence[Step]) -> str:

@@ -4,6 +4,7 @@ import math
 import re
 from typing import NamedTuple
 
+from vora_jax.planning.topology import LARGEST
 from vora_jax.types import UserError
 
 
@@ -29,7 +30,6 @@ GENERATIONS = {
 }
 _FLAT = ('v5e', 'v6e')  # two-dimensional; their slices of 8 chips are one host
 _FLAT_SHAPES = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
-_MOST_CHIPS = {'v4': 4096, 'v5p': 6144}
 
 
 class Slice(NamedTuple):
@@ -82,7 +82,7 @@ def parse(text: str) -> Slice:
         which = (
             ', '.join('x'.join(map(str, one)) for one in _FLAT_SHAPES)
             if axes == 2
-            else f'2x2x1 to 4x4x4 by powers of two, then multiples of 4, {_MOST_CHIPS[kind]} chips at most'
+            else f'2x2x1 to 4x4x4 by powers of two, then multiples of 4, {LARGEST[kind]} chips at most'
         )
         raise UserError(f'--topology {text!r}: there is no such slice of {kind}; there are {which}.')
     return Slice(kind, shape)
@@ -94,7 +94,7 @@ def _exists(kind: str, shape: tuple[int, ...]) -> bool:
     chips = math.prod(shape)
     if chips <= 64:
         return all(axis in (1, 2, 4, 8, 16) for axis in shape)
-    return chips <= _MOST_CHIPS[kind] and all(axis % 4 == 0 for axis in shape)
+    return chips <= LARGEST[kind] and all(axis % 4 == 0 for axis in shape)
 
 
 def _usual(chips: int, axes: int) -> tuple[int, ...]:

@@ -4,7 +4,7 @@ import argparse
 
 from launch import topology, worker
 from launch.job import Job
-from launch.steps import Command, Ensure, File, Step
+from launch.steps import Command, Ensure, File, Step, fetch
 from vora_jax.types import UserError
 
 HELP = 'One Cloud TPU slice, created with gcloud, or one that is there.'
@@ -161,19 +161,16 @@ def fetch_logs(
         nodes: gcloud's flags for each slice.
         hosts: of each slice.
     """
-    logs = job.folder / 'logs'
-    return [
-        Command(('mkdir', '-p', str(logs))),
-        *(
-            Command(
-                (*group, 'ssh', job.name, *where, *node, f'--worker={host}', f'--command=cat {job.name}/log'),
-                output=logs / (f'{number}-{host}.log' if len(nodes) > 1 else f'{host}.log'),
-                optional=True,
+    return fetch(
+        job.folder / 'logs',
+        {
+            (f'{number}-{host}.log' if len(nodes) > 1 else f'{host}.log'): (
+                (*group, 'ssh', job.name, *where, *node, f'--worker={host}', f'--command=cat {job.name}/log')
             )
             for number, node in enumerate(nodes)
             for host in range(hosts)
-        ),
-    ]
+        },
+    )
 
 
 def stop(job: Job, group: tuple[str, ...], hosts: tuple[str, ...]) -> Command:

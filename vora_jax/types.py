@@ -39,10 +39,13 @@ class KeyRange(NamedTuple):
     stop: Array
 
 
+RETRY = 75  # exit code: nothing was wrong with what the user asked for; the same command may be tried again
+
+
 class UserError(ValueError):
     """A user's mistake, told in one sentence: what, where, what to do. The command line prints it without traceback."""
 
 
 class TryAgain(Exception):
     """Trouble of machines, networks or disks that nobody may have to mend, told in one sentence: the same command may be
-    tried again. The command line prints it without traceback, and ends with the exit code 75."""
+    tried again. The command line prints it without traceback, and ends with the exit code `RETRY`."""

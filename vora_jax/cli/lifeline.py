@@ -9,7 +9,7 @@ import threading
 import time
 from typing import Any, NoReturn
 
-from vora_jax.training.watchdog import RETRY
+from vora_jax.types import RETRY
 
 CONNECT_SECONDS = 60
 HEAR_SECONDS = 5  # a line comes whole

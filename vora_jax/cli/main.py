@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from vora_jax.types import TryAgain, UserError
+from vora_jax.types import RETRY, TryAgain, UserError
 
 VERBS = {
     'prepare': 'turn a data set into the format that training reads',
@@ -52,12 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _dispatch(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
         return code
-    except UserError as error:
+    except (UserError, TryAgain) as error:
         print(f'vora: {error}', file=sys.stderr)
-        return 2
-    except TryAgain as error:
-        print(f'vora: {error}', file=sys.stderr)
-        return os.EX_TEMPFAIL
+        return 2 if isinstance(error, UserError) else RETRY
     except KeyboardInterrupt:
         print('vora: interrupted.', file=sys.stderr)
         return 130

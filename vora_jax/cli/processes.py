@@ -15,8 +15,7 @@ from jax._src import distributed  # the coordinator that JAX found, and its key-
 
 from vora_jax.cli.cluster import Place, this_place
 from vora_jax.cli.lifeline import Lifeline
-from vora_jax.training.watchdog import RETRY
-from vora_jax.types import TryAgain, UserError
+from vora_jax.types import RETRY, TryAgain, UserError
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 
 import jax
 
-RETRY = 75  # exit code: nothing was wrong with what the user asked for; the same command may be tried again
+from vora_jax.types import RETRY
+
 SLOW_START = 4  # the data's opening, and the first step with its compilation, may take so many times as long
 OPENING, FIRST = 'opening the data', 'the first step'
 DATA, STEP, SAVING = 'waiting for data', 'computing', 'saving'

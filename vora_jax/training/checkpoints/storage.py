@@ -105,10 +105,7 @@ def copy_files(names: Iterable[str], source: Path, target: Path) -> None:
             (target / name).write_bytes((source / name).read_bytes())
             continue
         temporary = target / f'{name}.{os.getpid()}.tmp'
-        if is_remote(source):
-            temporary.write_bytes((source / name).read_bytes())
-        else:
-            shutil.copyfile(source / name, temporary)
+        temporary.write_bytes((source / name).read_bytes())
         os.replace(temporary, target / name)
 
 
